@@ -1,0 +1,127 @@
+// Chooses the ISA level, and splits operations over torch's threads.
+#include <atomic>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "kernels.h"
+
+namespace fastdiff {
+
+namespace portable {
+extern const Kernels kernels;
+}
+#if defined(FASTDIFF_HAVE_AVX2)
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#if defined(FASTDIFF_HAVE_AVX512)
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+// The x86-64-v3 and -v4 feature sets, part by part: g++ 11 does not know the levels by name, and
+// f16c not at all. No CPU has fma and avx2 but not f16c, lzcnt and movbe.
+bool has_v3() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// What this CPU runs, best first.
+template <class Visit>
+void each_level(const Visit& visit) {
+#if defined(FASTDIFF_HAVE_AVX512)
+  if (has_v4()) visit(avx512::kernels);
+#endif
+#if defined(FASTDIFF_HAVE_AVX2)
+  if (has_v3()) visit(avx2::kernels);
+#endif
+  visit(portable::kernels);
+}
+
+const Kernels* best_level() {
+  const Kernels* best = nullptr;
+  each_level([&](const Kernels& level) {
+    if (!best) best = &level;
+  });
+  return best;
+}
+
+std::atomic<const Kernels*> current{best_level()};
+
+const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+
+// Below these many elements a thread is not worth waking (random numbers cost 4x a plain sum).
+constexpr int64_t kNoiseGrain = 8192, kPlainGrain = 32768;
+
+template <class Params>
+int run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t grain) {
+  const int64_t blocks = params.batch * blocks_per_sample(params.n);
+  // Short samples have blocks of their own, whose fixed cost is that of some 64 elements.
+  const int64_t elements = params.n < 64 ? 64 : params.n < kBlock ? params.n : kBlock;
+  const int64_t grain_blocks = grain < elements ? 1 : grain / elements;
+  if (blocks <= grain_blocks) {
+    kernel(params, 0, blocks);
+  } else {
+    torch::stable::parallel_for(0, blocks, grain_blocks, [&](int64_t first, int64_t last) {
+      kernel(params, first, last);
+    });
+  }
+  return 0;
+}
+
+// The level in use; first, unless `force` is empty, the one named so, if this CPU has it.
+std::string isa(const std::string& force) {
+  std::string levels;
+  const Kernels* chosen = nullptr;
+  each_level([&](const Kernels& level) {
+    levels += levels.empty() ? level.isa : std::string(", ") + level.isa;
+    if (force == level.isa) chosen = &level;
+  });
+  STD_TORCH_CHECK(chosen || force.empty(), "isa must be one of ", levels, ", not ", force);
+  if (chosen) current = chosen;
+  return kernels().isa;
+}
+
+}  // namespace
+
+int launch_randn(const RandnParams& params, void*) {
+  return run(kernels().randn, params, kNoiseGrain);
+}
+
+int launch_step(const StepParams& params, void*) {
+  return run(kernels().step, params, params.seeded && params.draws ? kNoiseGrain : kPlainGrain);
+}
+
+int launch_chain(const ChainParams& params, void*) {
+  const int64_t grain = params.noise.data ? kPlainGrain : kNoiseGrain;
+  const int64_t steps = params.steps < 1 ? 1 : params.steps;
+  return run(kernels().chain, params, grain / steps);
+}
+
+}  // namespace fastdiff
+
+// Test entry: see Kernels::box_muller.
+extern "C" __attribute__((visibility("default"))) void fastdiff_box_muller(
+    const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
+  fastdiff::kernels().box_muller(a, b, z0, z1, n);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) { m.def("isa(str force) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&fastdiff::isa));
+}

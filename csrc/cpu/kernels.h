@@ -1,0 +1,23 @@
+// What one ISA level offers to dispatch.cpp: each operation over a range of blocks. A block is
+// kBlock consecutive elements of one sample (the last one of a sample may be shorter); blocks are
+// numbered through all samples and may run in any order on any thread with the same result.
+#pragma once
+
+#include "../include/params.h"
+
+namespace fastdiff {
+
+constexpr int kBlock = 512;
+
+inline int64_t blocks_per_sample(int64_t n) { return (n + kBlock - 1) / kBlock; }
+
+struct Kernels {
+  const char* isa;
+  void (*randn)(const RandnParams& params, int64_t first, int64_t last);
+  void (*step)(const StepParams& params, int64_t first, int64_t last);
+  void (*chain)(const ChainParams& params, int64_t first, int64_t last);
+  // Pairs of words to pairs of normals; for tests of the edge cases that no counter reaches.
+  void (*box_muller)(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n);
+};
+
+}  // namespace fastdiff

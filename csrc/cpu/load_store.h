@@ -1,0 +1,188 @@
+// Registers of float (or double, for float64 tables) from and to memory of any element type.
+#pragma once
+
+#include "../include/dtype.h"
+#include "lanes.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+
+// ---- float32 lanes, N of them, from and to one storage type; dtype.h is the same for one element.
+
+template <int N>
+FD_HD Vector<float, N> load(const float* p) {
+  return load_vector<Vector<float, N>>(p);
+}
+
+template <int N>
+FD_HD Vector<float, N> load(const double* p) {
+  return __builtin_convertvector(load_vector<Vector<double, N>>(p), Vector<float, N>);
+}
+
+template <int N>
+FD_HD Vector<float, N> load(const bf16_t* p) {
+  const auto bits = load_vector<Vector<uint16_t, N>>(p);
+  return (Vector<float, N>)(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+}
+
+template <int N>
+FD_HD Vector<float, N> load(const f16_t* p) {
+  const auto bits = load_vector<Vector<uint16_t, N>>(p);
+#if defined(__F16C__)
+  if constexpr (N == 4)
+    return (Vector<float, 4>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (N == 8) return (Vector<float, 8>)_mm256_cvtph_ps((__m128i)bits);
+#if defined(FD_AVX512)
+  if constexpr (N == 16) return (Vector<float, 16>)_mm512_cvtph_ps((__m256i)bits);
+#endif
+#else
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+  const U wide = __builtin_convertvector(bits, U);
+  const U magnitude = wide & 0x7fffu, sign = (wide & 0x8000u) << 16;
+  const U finite = (U)((F)(magnitude << 13) * 0x1p112f);
+  const U special = 0x7f800000u | (magnitude & 0x3ffu) << 13;
+  return (F)(sign | (magnitude >= 0x7c00u ? special : finite));
+#endif
+}
+
+template <int N>
+FD_HD void store(float* p, Vector<float, N> value) {
+  store_vector(p, value);
+}
+
+template <int N>
+FD_HD void store(double* p, Vector<float, N> value) {
+  store_vector(p, __builtin_convertvector(value, Vector<double, N>));
+}
+
+// float32 bits whose upper half is the value rounded to bfloat16. Not for NaN: its low bits could
+// carry into infinity.
+template <class U>
+FD_HD U rounded_to_bf16(U bits) {
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
+template <int N>
+FD_HD Vector<uint32_t, N> bf16_bits(Vector<float, N> value) {
+  using U = Vector<uint32_t, N>;
+  const U nan = U{} + 0x7fc0u;
+  return value == value ? rounded_to_bf16((U)value) >> 16 : nan;
+}
+
+template <int N>
+FD_HD void store(bf16_t* p, Vector<float, N> value) {
+  store_vector(p, __builtin_convertvector(bf16_bits<N>(value), Vector<uint16_t, N>));
+}
+
+template <int N>
+FD_HD void store(f16_t* p, Vector<float, N> value) {
+#if defined(__F16C__)
+  if constexpr (N == 4)
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                     _mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 8)
+    store_vector(p, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#if defined(FD_AVX512)
+  if constexpr (N == 16)
+    store_vector(p, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#else
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+  const U bits = (U)value;
+  const U sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  const U denormal = (U)((F)magnitude + 0.5f) - 0x3f000000u;
+  const U infinity = U{} + 0x7c00u, nan = U{} + 0x7e00u;
+  U half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x477ff000u ? infinity : half;
+  half = magnitude > 0x7f800000u ? nan : half;
+  store_vector(p, __builtin_convertvector(sign | half, Vector<uint16_t, N>));
+#endif
+}
+
+// A normal as if it had been stored in S and loaded again. Noise is never NaN.
+template <class S>
+FD_HD Lanes::F round_noise(Lanes::F z) {
+  if constexpr (std::is_same_v<S, bf16_t>)
+    return (Lanes::F)(rounded_to_bf16((Lanes::U)z) & 0xffff0000u);
+  if constexpr (std::is_same_v<S, f16_t>) {
+    f16_t half[Lanes::kCount];
+    store<Lanes::kCount>(half, z);
+    return load<Lanes::kCount>(half);
+  }
+  return z;
+}
+
+// ---- Groups: kUnroll registers of the arithmetic type T, so that there is work in flight.
+
+constexpr int kUnroll = kRegisters / 4;
+
+template <class T>
+struct Group {
+  using V = Vector<T, kLanes<T>>;
+  static constexpr int kSize = kUnroll * kLanes<T>;
+  V v[kUnroll];
+};
+
+template <class T, class S>
+FD_HD void load_group(const S* p, Group<T>& group) {
+  constexpr int N = kLanes<T>;
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) {
+    if constexpr (std::is_same_v<T, S>)
+      group.v[u] = load_vector<Vector<T, N>>(p + u * N);
+    else
+      group.v[u] = __builtin_convertvector(load<N>(p + u * N), Vector<T, N>);
+  }
+}
+
+// Stores the group and, when `stored` is asked for, leaves in it what a load would now give.
+template <class T, class S>
+FD_HD void store_group(S* p, const Group<T>& group) {
+  constexpr int N = kLanes<T>;
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) {
+    if constexpr (std::is_same_v<T, S>)
+      store_vector(p + u * N, group.v[u]);
+    else  // double to 16 bits goes through float, as torch does
+      store<N>(p + u * N, __builtin_convertvector(group.v[u], Vector<float, N>));
+  }
+}
+
+// A place in a tensor: an element address and its type, read at run time. The type is the same for
+// millions of elements, so the branches below cost nothing that shows.
+struct Place {
+  char* data;
+  DType dtype;
+};
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+template <class T>
+FD_HD void load_group(const Place& place, int64_t i, Group<T>& group) {
+  if (place.dtype == DType::f32)
+    load_group(reinterpret_cast<const float*>(place.data) + i, group);
+  else if (place.dtype == DType::bf16)
+    load_group(reinterpret_cast<const bf16_t*>(place.data) + i, group);
+  else if (place.dtype == DType::f16)
+    load_group(reinterpret_cast<const f16_t*>(place.data) + i, group);
+  else
+    load_group(reinterpret_cast<const double*>(place.data) + i, group);
+}
+
+template <class T>
+FD_HD void store_group(const Place& place, int64_t i, const Group<T>& group) {
+  if (place.dtype == DType::f32)
+    store_group(reinterpret_cast<float*>(place.data) + i, group);
+  else if (place.dtype == DType::bf16)
+    store_group(reinterpret_cast<bf16_t*>(place.data) + i, group);
+  else if (place.dtype == DType::f16)
+    store_group(reinterpret_cast<f16_t*>(place.data) + i, group);
+  else
+    store_group(reinterpret_cast<double*>(place.data) + i, group);
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA

@@ -1,0 +1,114 @@
+// Normals by the run: Lanes::kCounters counters of Philox, four normals each, in memory order.
+#pragma once
+
+#include "kernels.h"
+#include "load_store.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+
+// One draw of one sample; its elements are numbered by the block counter alone.
+struct Draw {
+  NoiseKey key;
+  uint32_t step, stream;
+};
+
+constexpr int kRun = 4 * Lanes::kCounters;
+static_assert(kBlock % kRun == 0, "a block is whole runs");
+
+struct CounterOffsets {
+  uint64_t of[Lanes::kChains][Lanes::kCount / 2];
+};
+
+// Chains 2h and 2h + 1 hold the counters of the even and odd lanes of merged register h.
+constexpr CounterOffsets counter_offsets() {
+  CounterOffsets offsets{};
+  for (int chain = 0; chain < Lanes::kChains; ++chain)
+    for (int lane = 0; lane < Lanes::kCount / 2; ++lane)
+      offsets.of[chain][lane] =
+          chain / 2 * Lanes::kCount + Lanes::counter_of(2 * lane + chain % 2);
+  return offsets;
+}
+
+// kRun normals of the counters first_block.., rounded to S, to z: stored as S, or as the float that
+// S holds when z is float.
+template <class S, class Z>
+FD_HD void normals_run(const Draw& draw, uint32_t first_block, Z* z) {
+  static constexpr CounterOffsets kOffsets = counter_offsets();
+  Lanes::W words[4] = {Lanes::word(first_block), Lanes::word(draw.key.sample),
+                       Lanes::word(draw.step), Lanes::word(draw.stream)};
+#pragma GCC unroll 4
+  for (int i = 0; i < Lanes::kChains; ++i)
+    words[0].chain[i] += load_vector<Lanes::Wide>(kOffsets.of[i]);
+  philox4x32<Lanes>(words, draw.key.seed_low, draw.key.seed_high);
+#pragma GCC unroll 2
+  for (int half = 0; half < Lanes::kChains / 2; ++half) {
+    Lanes::U merged[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
+      merged[k] = Lanes::merge(words[k].chain[2 * half], words[k].chain[2 * half + 1]);
+    Lanes::F normals[4];
+    box_muller<Lanes>(merged[0], merged[1], normals[0], normals[1]);
+    box_muller<Lanes>(merged[2], merged[3], normals[2], normals[3]);
+    Lanes::interleave(normals);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      Z* target = z + (4 * half + k) * Lanes::kCount;
+      if constexpr (std::is_same_v<Z, float>)
+        store<Lanes::kCount>(target, round_noise<S>(normals[k]));
+      else
+        store<Lanes::kCount>(target, normals[k]);
+    }
+  }
+}
+
+// At least `count` normals: whole runs.
+template <class S, class Z>
+__attribute__((noinline)) void fill_normals(const Draw draw, uint32_t first_block, Z* z,
+                                            int count) {
+  for (int i = 0; i < count; i += kRun)
+    normals_run<S>(draw, first_block + static_cast<uint32_t>(i / 4), z + i);
+}
+
+// The noise of a fused operation: rounded to `dtype`, as float.
+inline void fill_noise(DType dtype, const Draw& draw, uint32_t first_block, float* z, int count) {
+  if (dtype == DType::bf16)
+    fill_normals<bf16_t>(draw, first_block, z, count);
+  else if (dtype == DType::f16)
+    fill_normals<f16_t>(draw, first_block, z, count);
+  else
+    fill_normals<float>(draw, first_block, z, count);
+}
+
+template <class S>
+void randn_blocks(const RandnParams& p, int64_t first, int64_t last) {
+  const int64_t per_sample = blocks_per_sample(p.n);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t b = block / per_sample, begin = block % per_sample * kBlock;
+    const int count = static_cast<int>(p.n - begin < kBlock ? p.n - begin : kBlock);
+    const int whole = count / kRun * kRun;
+    const Draw draw{noise_key(p.keys, p.seed, p.sample_offset, b), static_cast<uint32_t>(p.step),
+                    static_cast<uint32_t>(p.stream)};
+    const uint32_t counter = static_cast<uint32_t>(p.first_block + begin / 4);
+    S* out = static_cast<S*>(p.out.data) + b * p.n + begin;
+    fill_normals<S>(draw, counter, out, whole);
+    if (whole == count) continue;
+    S tail[kRun];
+    fill_normals<S>(draw, counter + static_cast<uint32_t>(whole / 4), tail, kRun);
+    memcpy(out + whole, tail, static_cast<size_t>(count - whole) * sizeof(S));
+  }
+}
+
+inline void randn(const RandnParams& p, int64_t first, int64_t last) {
+  switch (p.out.dtype) {
+    case DType::f32:
+      return randn_blocks<float>(p, first, last);
+    case DType::bf16:
+      return randn_blocks<bf16_t>(p, first, last);
+    case DType::f16:
+      return randn_blocks<f16_t>(p, first, last);
+    case DType::f64:
+      return randn_blocks<double>(p, first, last);
+  }
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA

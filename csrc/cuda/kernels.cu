@@ -1,0 +1,182 @@
+// The launchers of csrc/include/params.h for CUDA: which kernel, on what grid. Nothing here
+// allocates, synchronizes or reads the device, so every launch can be captured in a CUDA graph.
+#include "chain.cuh"
+#include "launch.cuh"
+#include "randn.cuh"
+#include "step.cuh"
+
+#if defined(FASTDIFF_CUDA_HOST)
+#define FD_LAUNCH(kernel, grid, stream, ...) \
+  ((void)(stream), fd_launch_on_host(kernel, (grid).blocks, (grid).threads, __VA_ARGS__))
+#else
+#define FD_LAUNCH(kernel, grid, stream, ...)                                              \
+  (kernel<<<(grid).blocks, (grid).threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
+#endif
+
+namespace fastdiff {
+namespace {
+
+int size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Whether every sample of an operand (and every plane of samples) starts on 128 bits. An operand
+// that is not there is no obstacle. With one sample in one plane its length does not matter.
+bool is_aligned(const Operand& operand, int64_t n, bool single) {
+  if (!operand.data) return true;
+  const auto address = reinterpret_cast<uintptr_t>(operand.data);
+  return address % 16 == 0 && (single || n * size_of(operand.dtype) % 16 == 0);
+}
+
+bool is_f64(const Operand& operand) { return operand.data && operand.dtype == DType::f64; }
+
+template <class Action>
+int for_each_operand(const StepParams& p, Action action) {
+  int found = 0;
+  for (int k = 0; k < p.states; ++k) found += action(p.state[k]);
+  for (int k = 0; k < p.model_outputs; ++k) found += action(p.model_output[k]);
+  for (int k = 0; k < p.draws && !p.seeded; ++k) found += action(p.noise[k]);
+  for (int k = 0; k < p.outputs; ++k) found += action(p.out[k]);
+  return found + action(p.model_input);
+}
+
+// A step in which all samples are treated alike is one long sample: elements of neighbouring
+// samples share a 128-bit access even where samples are not multiples of it.
+StepParams flattened(StepParams p) {
+  const bool alike = p.rows_stride == 0 && !p.learned && !(p.draws && p.seeded) &&
+                     (p.model_outputs < 2 || p.guidance_stride == 0) &&
+                     (!p.threshold || p.threshold_stride == 0);
+  if (alike) {
+    p.n *= p.batch;
+    p.batch = 1;
+  }
+  return p;
+}
+
+template <class Shape>
+int start_step(const StepParams& p, bool aligned, void* stream) {
+  const Grid grid = make_grid(p.batch, p.n, Shape::L::kWidth);
+  FD_LAUNCH(step_kernel<Shape>, grid, stream, p, aligned);
+  return cudaGetLastError();
+}
+
+template <class State, class Model, bool kModel, bool kClamp>
+int start_plain_noise(const StepParams& p, bool aligned, void* stream) {
+  if constexpr (!kModel || !kClamp || true) {
+    if (p.draws == 0) {
+      return start_step<PlainStep<State, Model, kModel, kClamp, false, false>>(p, aligned, stream);
+    }
+  }
+  if (p.fast) {
+    return start_step<PlainStep<State, Model, kModel, kClamp, true, true>>(p, aligned, stream);
+  }
+  return start_step<PlainStep<State, Model, kModel, kClamp, true, false>>(p, aligned, stream);
+}
+
+template <class State, class Model>
+int start_plain(const StepParams& p, bool aligned, void* stream) {
+  if (p.model_outputs == 0) {
+    return start_plain_noise<State, Model, false, false>(p, aligned, stream);
+  }
+  if (p.clamp_mask < 0) {
+    return start_plain_noise<State, Model, true, false>(p, aligned, stream);
+  }
+  return start_plain_noise<State, Model, true, true>(p, aligned, stream);
+}
+
+// Whether a PlainStep covers the step: the structure of q_sample, DDPM, DDIM and Euler.
+bool is_plain(const StepParams& p) {
+  if (p.states != 1 || p.outputs != 1 || p.learned || p.threshold) return false;
+  if (p.draws > 1 || (p.draws == 1 && (!p.seeded || p.noise_dtype != p.state[0].dtype))) {
+    return false;
+  }
+  if (p.state[0].dtype != p.out[0].dtype) return false;
+  if (p.model_outputs == 2 && p.model_output[0].dtype != p.model_output[1].dtype) return false;
+  const bool model = p.model_outputs > 0, clamp = p.clamp_mask >= 0;
+  if (clamp && (!model || p.clamp_mask != 3)) return false;
+  const int mask = 1 | (model && !clamp) << 1 | clamp << 2 | (p.draws == 1) << 3;
+  return p.output_mask[0] == mask;
+}
+
+}  // namespace
+
+int launch_step(const StepParams& params, void* stream) {
+  if (params.batch == 0 || params.n == 0) return cudaSuccess;
+  if (params.table_dtype != DType::f32 || for_each_operand(params, is_f64)) {
+    return cudaErrorNotSupported;
+  }
+  const StepParams p = flattened(params);
+  const bool aligned = !for_each_operand(p, [&](const Operand& operand) {
+    const bool single = p.batch == 1 && !p.learned && &operand != &p.model_input;
+    return !is_aligned(operand, p.n, single);
+  });
+  if (is_plain(p)) {
+    const DType state = p.state[0].dtype;
+    const DType model = p.model_outputs > 0 ? p.model_output[0].dtype : state;
+    if (state == DType::f32 && model == DType::f32) {
+      return start_plain<float, float>(p, aligned, stream);
+    }
+    if (state == DType::bf16 && model == DType::bf16) {
+      return start_plain<bf16_t, bf16_t>(p, aligned, stream);
+    }
+    if (state == DType::f32 && model == DType::bf16) {
+      return start_plain<float, bf16_t>(p, aligned, stream);
+    }
+  }
+  if (p.outputs <= 1) return start_step<AnyStep<1>>(p, aligned, stream);
+  if (p.outputs <= 2) return start_step<AnyStep<2>>(p, aligned, stream);
+  if (p.outputs <= 4) return start_step<AnyStep<4>>(p, aligned, stream);
+  return start_step<AnyStep<8>>(p, aligned, stream);
+}
+
+int launch_randn(const RandnParams& p, void* stream) {
+  if (p.batch == 0 || p.n == 0) return cudaSuccess;
+  const bool aligned = is_aligned(p.out, p.n, p.batch == 1);
+  const Grid grid = make_grid(p.batch, p.n, 8);
+  const auto start = [&](auto layout, auto type) {
+    using L = decltype(layout);
+    using T = typename decltype(type)::Type;
+    if (p.fast) {
+      FD_LAUNCH((randn_kernel<L, T, true>), grid, stream, p, aligned);
+    } else {
+      FD_LAUNCH((randn_kernel<L, T, false>), grid, stream, p, aligned);
+    }
+  };
+  switch (p.out.dtype) {
+    case DType::f32:
+      start(Layout<8, true>(), Identity<float>());
+      break;
+    case DType::bf16:
+      start(Layout<8, false>(), Identity<bf16_t>());
+      break;
+    case DType::f16:
+      start(Layout<8, false>(), Identity<f16_t>());
+      break;
+    default:
+      return cudaErrorNotSupported;
+  }
+  return cudaGetLastError();
+}
+
+int launch_chain(const ChainParams& p, void* stream) {
+  if (p.batch == 0 || p.n == 0 || p.steps == 0) return cudaSuccess;
+  if (p.table_dtype != DType::f32 || is_f64(p.noise)) return cudaErrorNotSupported;
+  if (p.x_start.dtype != p.out.dtype) return cudaErrorInvalidValue;
+  const bool aligned = is_aligned(p.x_start, p.n, false) && is_aligned(p.noise, p.n, false) &&
+                       is_aligned(p.out, p.n, false);
+  const Grid grid = make_grid(p.batch, p.n, 8);
+  switch (p.out.dtype) {
+    case DType::f32:
+      FD_LAUNCH(chain_kernel<float>, grid, stream, p, aligned);
+      break;
+    case DType::bf16:
+      FD_LAUNCH(chain_kernel<bf16_t>, grid, stream, p, aligned);
+      break;
+    case DType::f16:
+      FD_LAUNCH(chain_kernel<f16_t>, grid, stream, p, aligned);
+      break;
+    default:
+      return cudaErrorNotSupported;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,49 @@
+"""fastdiff: diffusion samplers as data, run by fused kernels.
+
+    import fastdiff as fd
+    schedule = fd.schedules.linear(1000)
+    plan = fd.solvers.ddim(schedule, steps=50)
+    x = fd.sample(model, plan, shape=(16, 3, 64, 64), seed=0)
+"""
+
+__version__ = "0.1.0"
+
+from fastdiff import backends, noise, ops, schedules, solvers
+from fastdiff.backends import BackendError, use_backend
+from fastdiff.engine import Run, Sampler, StepState, sample
+from fastdiff.ops.forward import (
+    q_chain,
+    q_mean_variance,
+    q_posterior_mean_variance,
+    q_sample,
+    q_step,
+    randn,
+)
+from fastdiff.ops.reverse import ddim_sample, p_mean_variance, p_sample
+from fastdiff.plan import SolverPlan
+from fastdiff.schedules import NoiseSchedule
+
+__all__ = [
+    "BackendError",
+    "NoiseSchedule",
+    "Run",
+    "Sampler",
+    "SolverPlan",
+    "StepState",
+    "backends",
+    "ddim_sample",
+    "noise",
+    "ops",
+    "p_mean_variance",
+    "p_sample",
+    "q_chain",
+    "q_mean_variance",
+    "q_posterior_mean_variance",
+    "q_sample",
+    "q_step",
+    "randn",
+    "sample",
+    "schedules",
+    "solvers",
+    "use_backend",
+]

@@ -1,0 +1,118 @@
+"""Which implementation serves an operation, and why the others do not.
+
+    reference   pure PyTorch, the definition (fastdiff/ops); any device with the dtypes it needs
+    native      csrc/: C++ SIMD kernels on the CPU, CUDA C++ kernels on NVIDIA GPUs
+    triton      kernels/: Triton kernels on NVIDIA and AMD GPUs
+
+All three give the same bits (DESIGN of the noise and arithmetic contracts: README.md), so choosing
+one is choosing speed. Automatic selection takes the first of the device's list that can serve and
+keeps the reason of each that cannot; an explicit choice (`backend=`, use_backend, the environment
+variable FASTDIFF_BACKEND) that cannot serve raises BackendError with that reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from fastdiff.backends import native, reference, triton
+from fastdiff.ops.schemas import SCHEMAS
+
+__all__ = ["BackendError", "names", "operation", "probe", "select", "use_backend"]
+
+_MODULES = {"reference": reference, "native": native, "triton": triton}
+
+# Automatic order by device type. On GPUs Triton comes first because it needs no compiler on the
+# machine; on CPUs Triton has only its interpreter.
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+
+_chosen: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
+_reasons: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot serve."""
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_MODULES)
+
+
+def _check_name(name: str) -> str:
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, not {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block (of this thread or task) operations run on the named backend.
+
+    None returns to automatic selection. Raises ValueError for an unknown name at once, and
+    BackendError at the first operation that the backend cannot serve. Under torch.compile the
+    choice is made when the graph is compiled.
+    """
+    token = _chosen.set(None if name is None else _check_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def probe(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the backend serves tensors of this device with math in this dtype, else why not.
+
+    The first probe of the native backend builds its library.
+    """
+    key = (name, device, dtype)
+    if key not in _reasons:
+        _reasons[key] = _MODULES[name].probe(device, dtype)
+    return _reasons[key]
+
+
+def forget() -> None:
+    """Probes again at the next operation (after a build, or when a device appeared)."""
+    _reasons.clear()
+    _selected.clear()
+
+
+def select(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The name of the backend for operations on `device` with math in `dtype`."""
+    explicit = backend or _chosen.get() or os.environ.get("FASTDIFF_BACKEND") or None
+    if explicit is not None:
+        reason = probe(_check_name(explicit), device, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {explicit!r} cannot serve {device} {dtype}: {reason}")
+        return explicit
+    for name in _ORDER.get(device.type, ("reference",)):
+        if probe(name, device, dtype) is None:
+            return name
+    raise BackendError(f"no backend serves {device} {dtype}")  # reference serves everything
+
+
+_selected: dict[tuple[Any, ...], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _select(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    key = (device, dtype, backend, _chosen.get(), os.environ.get("FASTDIFF_BACKEND"))
+    if key not in _selected:
+        _selected[key] = select(device, dtype, backend)
+    return _selected[key]
+
+
+_OPERATIONS = {
+    (name, op): getattr(getattr(torch.ops, f"fastdiff_{name}"), op).default
+    for name in _MODULES
+    for op in SCHEMAS
+}
+
+
+def operation(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
+    """The operation `op` (see ops/schemas.py) of the backend that select() names."""
+    return _OPERATIONS[_select(device, dtype, backend), op]

@@ -1,0 +1,385 @@
+"""The command line: `fastdiff sample | train | build | info`.
+
+Wrong options end with exit status 2 before anything runs; what fails later, with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import pictures
+from fastdiff.files import check_writable
+from fastdiff.models import digits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastdiff.engine import StepState
+    from fastdiff.plan import SolverPlan
+
+__all__ = ["main"]
+
+_SAMPLER_STEPS = {"ddim": 50, "ddpm": 250}  # and what --steps is unless given
+_MOST_FRAMES = 60  # of an animation; longer runs are thinned
+
+
+class _UsageError(Exception):
+    """A wrong option that argparse alone does not see."""
+
+
+# Options
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {value}")
+        return value
+
+    return parse
+
+
+def _real(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not low <= value <= high:  # refuses NaN as well
+            raise argparse.ArgumentTypeError(f"must be in [{low:g}, {high:g}], got {text}")
+        return value
+
+    return parse
+
+
+def _classes(text: str) -> tuple[int, ...]:
+    if text.strip().lower() == "all":
+        return tuple(range(digits.CLASSES))
+    words = [word.strip() for word in text.split(",")]
+    known = {str(k): k for k in range(digits.CLASSES)}
+    for word in words:
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"must be a digit 0..9, several with commas between, or 'all'; got {text!r}"
+            )
+    if len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError(f"names a digit twice: {text!r}")
+    return tuple(known[word] for word in words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdiff", description="Diffusion sampling, every step in one pass over memory."
+    )
+    parser.add_argument("--version", action="version", version=f"fastdiff {fd.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    sample = commands.add_parser(
+        "sample",
+        help="draw handwritten digits with the shipped model",
+        description="Draw handwritten digits with the shipped model: a labelled PNG, one row per "
+        "digit, and where the time went.",
+    )
+    _sample_options(sample.add_argument)
+    sample.set_defaults(run=_sample)
+
+    train = commands.add_parser("train", help="train the shipped model again")
+    what = train.add_subparsers(dest="what", metavar="what", required=True)
+    train_digits = what.add_parser(
+        "digits",
+        help="handwritten digits, 8x8",
+        description="Train the digits model. The same seed and thread count give the same weights.",
+    )
+    _train_options(train_digits.add_argument)
+    train_digits.set_defaults(run=_train_digits)
+
+    info = commands.add_parser("info", help="what is available on this machine, and why not more")
+    info.set_defaults(run=_info)
+
+    build = commands.add_parser("build", help="compile the native library for this machine")
+    build.add_argument("--force", action="store_true", help="even if it is there already")
+    build.add_argument("--verbose", action="store_true", help="show the compiler's commands")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _sample_options(add: Callable[..., object]) -> None:
+    def option(name: str, metavar: str, help: str, **settings: Any) -> None:
+        add(name, metavar=metavar, help=help, **settings)
+
+    steps = ", ".join(f"{steps} for {name}" for name, steps in _SAMPLER_STEPS.items())
+    default = "(default: %(default)s)"
+    add("--sampler", choices=tuple(_SAMPLER_STEPS), default="ddim", help=f"the sampler {default}")
+    option("--steps", "N", f"model calls (default: {steps})", type=_integer(1, digits.TIMESTEPS))
+    option("--eta", "X", "noise of DDIM: 0 none, 1 as much as DDPM (default: 0)", type=_real(0, 1))
+    option("--seed", "N", f"of all the noise {default}", type=_integer(0, 2**64 - 1), default=0)
+    option(
+        "--class",
+        "DIGITS",
+        f"a digit, several with commas between, or 'all' {default}",
+        dest="classes",
+        type=_classes,
+        default="all",
+    )
+    option(
+        "--guidance",
+        "X",
+        f"classifier-free guidance scale; 1 is none, and half the work {default}",
+        type=_real(0, 100),
+        default=digits.GUIDANCE_SCALE,
+    )
+    option("--count", "N", f"pictures of each digit {default}", type=_integer(1, 1000), default=8)
+    backends = ("auto", *fd.backends.names())
+    add("--backend", choices=backends, default="auto", help=f"who runs the steps {default}")
+    option("--device", "DEVICE", "cpu or cuda (default: a GPU if there is one)", default="auto")
+    option("--weights", "FILE", "of `fastdiff train` (default: the shipped ones)")
+    option("--out", "FILE.png", f"the picture {default}", default="digits.png")
+    option(
+        "--animate",
+        "FILE.gif",
+        "also draw what the model makes of the noise, step by step (default name: that of --out)",
+        nargs="?",
+        const="",
+    )
+
+
+def _train_options(add: Callable[..., object]) -> None:
+    config, default = digits.TrainConfig(), "(default: %(default)s)"
+    name = digits.WEIGHTS.name
+    add("--out", metavar="FILE.safetensors", default=name, help=f"the weights {default}")
+    number = {"metavar": "N", "type": _integer(1, 10**7), "default": config.steps}
+    add("--steps", help=f"training iterations {default}", **number)
+    number = {"metavar": "N", "type": _integer(0, 2**63 - 1), "default": config.seed}
+    add("--seed", help=f"of the first weights, the order and the noise {default}", **number)
+
+
+def _file(option: str, text: str, suffix: str) -> Path:
+    """The path, if it ends as it should and can be written."""
+    if Path(text).suffix.lower() != suffix:
+        raise _UsageError(f"argument {option}: must end in {suffix}, got {text!r}")
+    try:
+        return check_writable(text, option)
+    except ValueError as error:
+        raise _UsageError(f"argument {error}") from None
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise _UsageError(f"argument --device: {text!r} is not there: {reason}") from None
+    return device
+
+
+# sample
+
+
+@dataclass
+class _Times:
+    """Seconds of one run: everything, the model's part, and what was spent on showing it."""
+
+    total: float = 0.0
+    model: float = 0.0
+    shown: float = 0.0
+
+    @property
+    def step(self) -> float:
+        return max(0.0, self.total - self.model - self.shown)
+
+    def report(self, steps: int, count: int) -> str:
+        """How fast it was, and where the time went."""
+        spent = self.model + self.step
+        rates = f"{steps / spent:.1f} steps/s, {count / spent:.1f} pictures/s"
+        lines = [f"time      {spent:.3f} s, {rates}"]
+        for name, seconds in (("model", self.model), ("step", self.step)):
+            lines.append(f"  {name:<8}{seconds:.3f} s {100 * seconds / spent:6.1f} %")
+        return "\n".join(lines)
+
+
+def _timed(
+    model: Callable[[Tensor, Tensor], Tensor], times: _Times, wait: Callable[[], None]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model, its time added up; `wait` returns when the device is done."""
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        wait()
+        begin = time.perf_counter()
+        output = model(x, t)
+        wait()
+        times.model += time.perf_counter() - begin
+        return output
+
+    return call
+
+
+def _plan(sampler: str, steps: int, eta: float) -> SolverPlan:
+    schedule = digits.schedule()
+    if sampler == "ddim":
+        return fd.solvers.ddim(
+            schedule, steps=steps, eta=eta, prediction_type="epsilon", clip=(-1, 1)
+        )
+    return fd.solvers.ddpm(
+        schedule, steps=steps, prediction_type="epsilon", variance="fixed_small", clip=(-1, 1)
+    )
+
+
+def _frames_shown(steps: int) -> set[int]:
+    """Which steps of a run an animation shows: the last one and as many others as fit."""
+    count = min(steps, _MOST_FRAMES)
+    return {steps - 1 - (k * steps) // count for k in range(count)}
+
+
+def _sample(options: argparse.Namespace) -> int:
+    steps = options.steps or _SAMPLER_STEPS[options.sampler]
+    if options.sampler != "ddim" and options.eta is not None:
+        raise _UsageError(f"argument --eta: only ddim has it, not {options.sampler}")
+    out = _file("--out", options.out, ".png")
+    animation: Path | None = None
+    if options.animate is not None:
+        animation = _file("--animate", options.animate or str(out.with_suffix(".gif")), ".gif")
+    device = _device(options.device)
+    pictures.require_pillow()
+    try:
+        model = digits.load(options.weights or digits.WEIGHTS, device)
+    except (FileNotFoundError, ValueError) as error:
+        raise _UsageError(f"argument --weights: {error}") from None
+
+    labels = torch.tensor(options.classes, device=device).repeat_interleave(options.count)
+    denoise = digits.conditional(model, labels)
+    guidance = None if options.guidance == 1 else options.guidance
+    title = f"{options.sampler}, {steps} steps"
+    if options.eta:
+        title += f", eta {options.eta:g}"
+    if guidance is not None:
+        title += f", guidance {guidance:g}"
+
+    times = _Times()
+    grid = pictures.Grid(tuple(map(str, options.classes)), options.count)
+    frames: list[Image] = []
+    shown = _frames_shown(steps)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def draw_frame(state: StepState) -> None:
+        begin = time.perf_counter()
+        if state.index in shown:
+            note = f"seed {options.seed}, step {state.index + 1}"
+            frames.append(pictures.draw_grid(state.x_start, grid, title, note))
+        times.shown += time.perf_counter() - begin
+
+    def run(model: Callable[[Tensor, Tensor], Tensor], steps: int, **more: Any) -> Tensor:
+        plan = _plan(options.sampler, steps, options.eta or 0.0)
+        shape = (len(labels), *digits.SHAPE)
+        more = {"seed": options.seed, "guidance_scale": guidance, "device": device, **more}
+        begin = time.perf_counter()
+        x = fd.sample(model, plan, shape=shape, **more)
+        assert isinstance(x, Tensor)  # no trajectory was asked for
+        wait()
+        times.total = time.perf_counter() - begin
+        return x
+
+    with fd.use_backend(None if options.backend == "auto" else options.backend):
+        try:
+            backend = fd.backends.select(device, torch.float32)  # builds the native one if need be
+        except fd.backends.BackendError as error:
+            raise _UsageError(f"argument --backend: {error}") from None
+        # The first call of a kernel and of a model costs more than the others: not of this run.
+        run(denoise, steps=min(2, steps))
+        callback = draw_frame if animation else None
+        x = run(
+            _timed(denoise, times, wait), steps, callback=callback, progress=sys.stderr.isatty()
+        )
+
+    pictures.save_png(pictures.draw_grid(x, grid, title, f"seed {options.seed}"), out)
+    if animation:
+        pictures.save_gif(frames, animation)
+    wrote = " and ".join(str(path) for path in (out, animation) if path)
+    print(f"wrote     {wrote}: {len(labels)} pictures")
+    print(f"sampler   {title}, seed {options.seed}")
+    print(f"backend   {backend} on {device}")
+    print(times.report(steps, len(labels)))
+    return 0
+
+
+# train, info, build
+
+
+def _train_digits(options: argparse.Namespace) -> int:
+    out = _file("--out", options.out, ".safetensors")
+    config = digits.TrainConfig(steps=options.steps, seed=options.seed)
+    terminal = sys.stderr.isatty()
+    last = digits.TrainState(0, config.steps, 0.0)
+
+    def tenths(state: digits.TrainState) -> None:
+        nonlocal last
+        last = state
+        if not terminal and state.step * 10 // state.steps > (state.step - 1) * 10 // state.steps:
+            text = f"training {state.step}/{state.steps} loss {state.loss:.4f}"
+            print(text, file=sys.stderr, flush=True)
+
+    begin = time.perf_counter()
+    digits.train(config, out=out, progress=terminal, callback=tenths)
+    seconds = time.perf_counter() - begin
+    print(f"wrote     {out}: {out.stat().st_size / 1e6:.2f} MB")
+    print(f"training  {config.steps} iterations in {seconds:.0f} s, loss {last.loss:.4f}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    print(fd.backends.info())
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    result = fd.backends.native.build(force=options.force, verbose=options.verbose)
+    print(result)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    Args:
+        argv: the words after `fastdiff`; those of this process unless given.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # --help, --version, or an option that is wrong
+        return int(stop.code or 0)
+    name = f"fastdiff {options.command}"
+    try:
+        return options.run(options)
+    except _UsageError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(f"{name}: failed: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

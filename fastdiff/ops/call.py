@@ -1,0 +1,183 @@
+"""One call of an operation: where memory comes from, layout, gradient, backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.backends import operation
+from fastdiff.ops.step import HEADER, StepSpec, step_values
+
+__all__ = ["call_step", "compute_dtype", "noise_from", "pack_table"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Math is float64 for float64 data and float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_table(
+    rows: int,
+    outputs: Sequence[np.ndarray],
+    clamp: np.ndarray | None = None,
+    header: dict[str, np.ndarray | float] | None = None,
+) -> np.ndarray:
+    """The float64 table of a step: header, P, then every A row; see ops/step.py.
+
+    Args:
+        outputs: one (R, N+2+D) array per output row, columns S0.., o, c, z0..
+        clamp: (R, N+1+D), columns S0.., o, z0..; zeros when there is no clamp node.
+        header: arrays (R,) or numbers by the names in HEADER; the rest is -inf, inf, 1, 0, 0.
+    """
+    defaults = dict(zip(HEADER, (-np.inf, np.inf, 1.0, 0.0, 0.0), strict=True)) | (header or {})
+    columns = [np.broadcast_to(np.asarray(defaults[name], np.float64), rows) for name in HEADER]
+    if clamp is None:
+        clamp = np.zeros((rows, outputs[0].shape[1] - 1))
+    return np.concatenate([np.stack(columns, axis=1), clamp, *outputs], axis=1)
+
+
+def noise_from(
+    noise: Tensor | None, generator: torch.Generator | None, like: Tensor
+) -> list[Tensor]:
+    """[noise], drawn as upstream draws it when a generator is given; [] when neither is.
+
+    A generator draws torch.randn of the sample's shape and dtype on the generator's own device.
+    """
+    if generator is not None:
+        drawn = torch.randn(
+            like.shape, dtype=like.dtype, device=generator.device, generator=generator
+        )
+        return [drawn.to(like.device)]
+    return [] if noise is None else [noise]
+
+
+class _Step(torch.autograd.Function):
+    """Forward on the chosen backend; backward differentiates the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: dict[str, Any], count: tuple[int, int, int], *inputs: Tensor):
+        ctx.arguments, ctx.count = arguments, count
+        ctx.save_for_backward(*inputs)
+        return tuple(_run(*_split(inputs, count), **arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        leaves = [
+            value.detach().requires_grad_(needed)
+            for value, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        arguments = {k: v for k, v in ctx.arguments.items() if k not in ("out", "backend")}
+        states, outputs, noise, scale = _split(leaves, ctx.count)
+        spec: list[int] = arguments["spec"]
+        draws, _, learned, _, clamp_mask = spec[:5]
+        noise_bits = (1 << draws) - 1 << len(states) + 1
+        if draws and not noise and not learned and not (clamp_mask > 0 and clamp_mask & noise_bits):
+            # The gradient does not depend on the draws: no need to make them again.
+            noise = [torch.zeros_like(states[0])] * draws
+        with torch.enable_grad():
+            values = step_values(states, outputs, noise, guidance_scale=scale, **arguments)
+        wanted = [
+            (value, gradient)
+            for value, gradient in zip(values, gradients, strict=True)
+            if gradient is not None and value.requires_grad
+        ]
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [value for value, _ in wanted],
+                inputs,
+                [gradient for _, gradient in wanted],
+                allow_unused=True,
+            )
+        )
+        return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _split(
+    values: Sequence[Tensor], count: tuple[int, int, int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+    n_states, n_outputs, n_noise = count
+    a, b = n_states, n_states + n_outputs
+    c = b + n_noise
+    scale = values[c] if len(values) > c else None
+    return list(values[:a]), list(values[a:b]), list(values[b:c]), scale
+
+
+def _run(
+    states: list[Tensor],
+    model_outputs: list[Tensor],
+    noise: list[Tensor],
+    guidance_scale: Tensor | None,
+    *,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor | None,
+    draws: Tensor | None,
+    threshold: Tensor | None,
+    spec: list[int],
+    counter: list[int],
+    out_dtypes: list[torch.dtype],
+    out: list[Tensor] | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    first = states[0]
+    results = out
+    if results is None:
+        results = [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
+    # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
+    targets = [r if r.is_contiguous() else torch.empty(r.shape, dtype=r.dtype, device=r.device)
+               for r in results]  # fmt: skip
+    operation("step", first.device, table.dtype, backend)(
+        [s.contiguous() for s in states],
+        [o.contiguous() for o in model_outputs],
+        [z.contiguous() for z in noise],
+        table, rows, keys, draws, guidance_scale, threshold, spec, counter, targets, None,
+    )  # fmt: skip
+    for result, target in zip(results, targets, strict=True):
+        if result is not target:
+            result.copy_(target)
+    return results
+
+
+def call_step(
+    states: list[Tensor],
+    spec: StepSpec,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    model_outputs: Sequence[Tensor] = (),
+    noise: Sequence[Tensor] = (),
+    keys: Tensor | None = None,
+    draws: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    threshold: Tensor | None = None,
+    counter: tuple[int, int, int, int] = (0, 0, 0, 0),
+    out_dtypes: Sequence[torch.dtype] | None = None,
+    out: list[Tensor] | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Runs one fused step on checked arguments and returns its outputs.
+
+    Differentiable with respect to states, model outputs, noise tensors and guidance scale.
+    Results have the memory layout of states[0]; with `out` they are written there.
+    """
+    arguments: dict[str, Any] = {
+        "table": table, "rows": rows, "keys": keys, "draws": draws, "threshold": threshold,
+        "spec": spec.encoded, "counter": list(counter),
+        "out_dtypes": list(out_dtypes or [states[0].dtype] * len(spec.outputs)),
+    }  # fmt: skip
+    tensors = [*states, *model_outputs, *noise]
+    if guidance_scale is not None:
+        tensors.append(guidance_scale)
+    if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        arguments["backend"] = backend
+        count = (len(states), len(model_outputs), len(noise))
+        return list(_Step.apply(arguments, count, *tensors))  # type: ignore[no-untyped-call]
+    return _run(
+        states, list(model_outputs), list(noise), guidance_scale, out=out, backend=backend,
+        **arguments,
+    )  # fmt: skip

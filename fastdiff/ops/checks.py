@@ -1,0 +1,170 @@
+"""Checks of user input: every failure is a ValueError or TypeError that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FLOATING",
+    "check_like",
+    "check_out",
+    "check_sample",
+    "check_uint32",
+    "resolve_rows",
+    "resolve_seed",
+]
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_UINT32 = 1 << 32
+_MAX_ELEMENTS = 1 << 34  # blocks of four elements are counted in 32 bits
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_sample(name: str, value: object) -> None:
+    """A batch of samples: a floating tensor (B, ...) with B >= 1."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, not {value.layout}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be one of {_names(FLOATING)}, not {value.dtype}")
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have a batch dimension: shape (B, ...), not ()")
+    if value.shape[0] == 0:
+        raise ValueError(f"{name} has an empty batch: shape {tuple(value.shape)}, B must be >= 1")
+    if value.numel() // value.shape[0] > _MAX_ELEMENTS:
+        raise ValueError(f"{name} has more than 2^34 elements per sample")
+
+
+def check_like(name: str, value: object, like_name: str, like: Tensor) -> None:
+    """A floating tensor with the shape and device of another; the dtype may differ."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, "
+            f"not {tuple(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} is on {value.device}, but {like_name} is on {like.device}: "
+            "all tensors must be on one device"
+        )
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be one of {_names(FLOATING)}, not {value.dtype}")
+    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(
+            f"{name} is {value.dtype} and {like_name} is {like.dtype}: "
+            "float64 does not mix with other dtypes"
+        )
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """First and one past the last byte that a tensor touches."""
+    reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    start = value.data_ptr()
+    return start, start + (reach + 1) * value.element_size()
+
+
+def check_out(
+    name: str, out: object, like_name: str, like: Tensor, dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """A tensor to write into: it may be one of the inputs, but not overlap them or itself in part."""
+    check_like(name, out, like_name, like)
+    assert isinstance(out, Tensor)
+    if out.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, not {out.dtype}")
+    if torch.compiler.is_compiling() or out.numel() == 0:
+        return
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad; results written in place carry no gradient")
+    reach = sorted((st, s) for s, st in zip(out.shape, out.stride(), strict=True) if s > 1)
+    dense = 1
+    for stride, size in reach:
+        if stride < dense:
+            raise ValueError(f"{name} has overlapping strides {out.stride()}: its elements share memory")
+        dense = stride * size
+    start, stop = _span(out)
+    for value in inputs:
+        if value.numel() == 0 or value.device.type == "meta":
+            continue
+        same = (
+            value.data_ptr() == start and value.stride() == out.stride()
+            and value.dtype == out.dtype and value.shape == out.shape
+        )  # fmt: skip
+        first, last = _span(value)
+        if not same and first < stop and start < last:
+            raise ValueError(f"{name} overlaps an input in memory without being the same tensor")
+
+
+def check_uint32(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value < _UINT32:
+        raise ValueError(f"{name} must be in [0, 2^32), not {value}")
+
+
+def resolve_seed(
+    seed: int | Tensor, sample_offset: int, batch: int, device: torch.device
+) -> tuple[Tensor | None, int, int]:
+    """(keys, seed, sample_offset) of the operations; see the noise contract in fastdiff/noise.py.
+
+    An int seed gives batch entry b the pair (seed, sample_offset + b), a tensor of per-sample
+    seeds the pair (seed[b], 0).
+    """
+    check_uint32("sample_offset", sample_offset)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"a seed tensor must be int64, not {seed.dtype}")
+        if seed.shape != (batch,):
+            raise ValueError(
+                f"a seed tensor must have one seed per sample: shape ({batch},), "
+                f"not {tuple(seed.shape)}"
+            )
+        if sample_offset != 0:
+            raise ValueError(
+                "sample_offset must be 0 with a tensor of seeds: every sample has its own"
+            )
+        seed = seed.to(device)
+        return torch.stack([seed, torch.zeros_like(seed)], dim=1), 0, 0
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), not {seed}")
+    if sample_offset + batch > _UINT32:
+        raise ValueError(
+            f"sample_offset + batch must be at most 2^32, not {sample_offset} + {batch}"
+        )
+    return None, seed - (1 << 64) if seed >= 1 << 63 else seed, sample_offset
+
+
+def resolve_rows(t: int | Tensor, count: int, batch: int, device: torch.device, check: bool) -> Tensor:
+    """`t` as int64 (B,) or (1,) on the device.
+
+    An out-of-range t is refused where it can be read without waiting: an int, or a CPU tensor. On
+    a GPU it gives NaN for its sample; check=True synchronizes and raises instead.
+    """
+    if isinstance(t, bool) or not isinstance(t, (int, Tensor)):
+        raise TypeError(f"t must be an int or an integer tensor, not {type(t).__name__}")
+    if isinstance(t, int):
+        if not 0 <= t < count:
+            raise ValueError(f"t must be in [0, {count}), not {t}")
+        return torch.full((1,), t, dtype=torch.int64, device=device)
+    if t.dtype not in _INTEGER:
+        raise TypeError(f"t must be an integer tensor, not {t.dtype}")
+    if t.dim() > 1 or t.numel() not in (1, batch):
+        raise ValueError(f"t must have shape ({batch},) or (1,), not {tuple(t.shape)}")
+    readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if (readable or check) and t.device.type != "meta":
+        low, high = torch.aminmax(t)
+        if int(low) < 0 or int(high) >= count:
+            raise ValueError(f"t must be in [0, {count}), but has {int(low)} to {int(high)}")
+    return t.reshape(-1).to(device=device, dtype=torch.int64)

@@ -1,0 +1,457 @@
+"""The forward process and its posterior: q_sample, q_step, q_chain, q_posterior_mean_variance.
+
+Each is one pass over memory: q_sample, q_step and the posterior mean are rows of the fused step,
+the chain is an operation of its own. `t` counts from 0: x_t of index t has been noised t + 1 times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.backends import operation
+from fastdiff.noise import STREAM_CHAIN, STREAM_Q_SAMPLE
+from fastdiff.ops.call import call_step, compute_dtype, noise_from, pack_table
+from fastdiff.ops.checks import (
+    check_like,
+    check_out,
+    check_sample,
+    check_uint32,
+    resolve_rows,
+    resolve_seed,
+)
+from fastdiff.ops.step import StepSpec
+from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
+
+__all__ = [
+    "q_chain",
+    "q_mean_variance",
+    "q_posterior_mean_variance",
+    "q_sample",
+    "q_step",
+    "randn",
+]
+
+TARGETS = ("epsilon", "sample", "v", "flow")
+
+
+def _check_schedule(schedule: object, chain: bool = False) -> None:
+    allowed = NoiseSchedule if chain else (NoiseSchedule, GaussianPath)
+    if not isinstance(schedule, allowed):
+        what = "a NoiseSchedule" if chain else "a schedule of fastdiff.schedules"
+        raise TypeError(f"schedule must be {what}, not {type(schedule).__name__}")
+
+
+def _check_one_noise(seed: object, noise: object, generator: object) -> None:
+    given = [
+        name
+        for name, value in (("seed", seed), ("noise", noise), ("generator", generator))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            "exactly one of seed, noise and generator must be given, "
+            f"not {' and '.join(given) or 'none'}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
+
+
+@lru_cache(maxsize=256)
+def _host_table(schedule: Schedule, kind: str) -> np.ndarray:
+    """The float64 step table of one kind of forward operation; a row per t."""
+    rows = schedule.num_timesteps
+    zero, one = np.zeros(rows), np.ones(rows)
+
+    def output(*columns: np.ndarray) -> np.ndarray:
+        return np.stack(columns, axis=1)
+
+    if kind == "posterior":
+        assert isinstance(schedule, NoiseSchedule)
+        coefficients = (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2)
+        return pack_table(rows, [output(*coefficients, zero, zero)])
+    if kind == "mean":
+        return pack_table(rows, [output(schedule.alpha_t, zero, zero)])
+    if kind == "step":
+        assert isinstance(schedule, NoiseSchedule)
+        steps = output(np.sqrt(schedule.alphas), zero, zero, np.sqrt(schedule.betas))
+        return pack_table(rows, [steps])
+    alpha, sigma = schedule.alpha_t, schedule.sigma_t
+    available = {
+        "x_t": output(alpha, zero, zero, sigma),
+        "noise": output(zero, zero, zero, one),
+        "epsilon": output(zero, zero, zero, one),
+        "sample": output(one, zero, zero, zero),
+        "v": output(-sigma, zero, zero, alpha),
+        "flow": output(-one, zero, zero, one),
+    }
+    return pack_table(rows, [available[name] for name in kind.split("+")])
+
+
+@lru_cache(maxsize=256)
+def _uploaded(schedule: Schedule, kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """_host_table on the device, rounded once."""
+    return torch.from_numpy(_host_table(schedule, kind)).to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _table(
+    fingerprint: str, schedule: Schedule, kind: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    # The fingerprint is an argument so that a compiled graph guards on it.
+    return _uploaded(schedule, kind, device, compute_dtype(dtype))
+
+
+@lru_cache(maxsize=64)
+def _uploaded_draws(count: int, device: torch.device) -> Tensor:
+    steps = torch.arange(count)
+    draws = torch.stack([steps, torch.full_like(steps, STREAM_CHAIN)], dim=1)
+    return draws[:, None, :].contiguous().to(device)
+
+
+@torch.compiler.assume_constant_result
+def _chain_draws(count: int, device: torch.device) -> Tensor:
+    """(step, stream) = (t, STREAM_CHAIN) of every t: int64 (T, 1, 2)."""
+    return _uploaded_draws(count, device)
+
+
+def _per_sample(
+    schedule: NoiseSchedule | Schedule, name: str, rows: Tensor, like: Tensor
+) -> Tensor:
+    """schedule.<name>[t] as a view of the shape of `like`; NaN where t is out of range."""
+    values = _values(schedule.fingerprint, schedule, name, like.device, like.dtype)
+    inside = (rows >= 0) & (rows < values.shape[0])
+    picked = torch.where(inside, values[torch.where(inside, rows, 0)], torch.nan)
+    return picked.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
+
+
+@lru_cache(maxsize=256)
+def _uploaded_values(
+    schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    if name == "variance":
+        array = np.square(schedule.sigma_t)
+    elif name == "log_variance":
+        with np.errstate(divide="ignore"):
+            array = 2.0 * np.log(schedule.sigma_t)
+    else:
+        array = getattr(schedule, name)
+    return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _values(
+    fingerprint: str, schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return _uploaded_values(schedule, name, device, dtype)
+
+
+def q_sample(
+    x_start: Tensor,
+    t: int | Tensor,
+    schedule: Schedule,
+    *,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    return_noise: bool = False,
+    target: str | None = None,
+    out: Tensor | None = None,
+    fast: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Draws x_t from q(x_t | x_0) in one pass over memory.
+
+        x_t = alpha_t x_0 + sigma_t z,    alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
+
+    (Ho et al. 2020, eq. 4; Sohl-Dickstein et al. 2015.) Variance-exploding and flow paths use
+    their own (alpha_t, sigma_t).
+
+    Args:
+        x_start: data x_0, (B, ...), float32, bfloat16, float16 or float64.
+        t: int, or integer tensor (B,) or (1,), index into the schedule.
+        schedule: any schedule of fastdiff.schedules.
+        seed: z comes from the noise contract: an int in [0, 2^64), or int64 (B,) with one seed per
+            sample. The same seed and `step` give the same noise.
+        noise: z itself, the shape of x_start.
+        generator: z = torch.randn(...) of x_start's shape and dtype on the generator's device.
+        step: noise counter in [0, 2^32), usually the training iteration.
+        sample_offset: global index of the first sample of this batch (int seeds only).
+        return_noise: also return z, written in the same pass.
+        target: also return a training target: "epsilon" (z), "sample" (x_0),
+            "v" (alpha_t z - sigma_t x_0; Salimans & Ho 2022) or "flow" (z - x_0; Lipman 2023).
+        out: tensor for x_t; may be x_start itself.
+        fast: on a GPU, approximate transcendental functions in the noise (within 4e-4).
+        check: read t back from a GPU and refuse values out of range (synchronizes).
+        backend: "reference", "native" or "triton"; default automatic.
+
+    Returns:
+        x_t, or a tuple (x_t[, noise][, target]); shape, dtype and memory layout of x_start.
+
+    Raises:
+        ValueError, TypeError: naming the argument; before anything runs or is written.
+    """
+    check_sample("x_start", x_start)
+    _check_schedule(schedule)
+    _check_one_noise(seed, noise, generator)
+    check_uint32("step", step)
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {target!r}")
+    if noise is not None:
+        check_like("noise", noise, "x_start", x_start)
+    rows = resolve_rows(t, schedule.num_timesteps, x_start.shape[0], x_start.device, check)
+    keys, low, offset = None, 0, 0
+    if seed is not None:
+        keys, low, offset = resolve_seed(seed, sample_offset, x_start.shape[0], x_start.device)
+    kinds = ["x_t"] + ["noise"] * return_noise + ([target] if target else [])
+    if out is not None:
+        inputs = [x_start] if noise is None else [x_start, noise]
+        check_out("out", out, "x_start", x_start, x_start.dtype, inputs)
+    # Columns S0, o, c, z0.
+    masks = {"x_t": 9, "noise": 8, "epsilon": 8, "sample": 1, "v": 9, "flow": 9}
+    spec = StepSpec(
+        states=1, outputs=tuple(masks[kind] for kind in kinds), draws=1,
+        noise_dtype=x_start.dtype, fast=fast,
+    )  # fmt: skip
+    table = _table(schedule.fingerprint, schedule, "+".join(kinds), x_start.device, x_start.dtype)
+    outputs = None
+    if out is not None:
+        outputs = [out] + [torch.empty_like(x_start) for _ in kinds[1:]]
+    results = call_step(
+        [x_start], spec, table, rows, noise=noise_from(noise, generator, x_start), keys=keys,
+        counter=(low, offset, step, STREAM_Q_SAMPLE), out=outputs, backend=backend,
+    )  # fmt: skip
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def q_step(
+    x_prev: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    out: Tensor | None = None,
+    fast: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of the forward chain: x_t from q(x_t | x_{t-1}) in one pass.
+
+        x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z          (Ho et al. 2020, eq. 2)
+
+    Seeded noise is stream 4, step t, so T calls equal one q_chain bit for bit. Arguments, dtypes
+    and errors as in q_sample.
+    """
+    check_sample("x_prev", x_prev)
+    _check_schedule(schedule, chain=True)
+    _check_one_noise(seed, noise, generator)
+    if noise is not None:
+        check_like("noise", noise, "x_prev", x_prev)
+    rows = resolve_rows(t, schedule.num_timesteps, x_prev.shape[0], x_prev.device, check)
+    keys, low, offset = None, 0, 0
+    if seed is not None:
+        keys, low, offset = resolve_seed(seed, sample_offset, x_prev.shape[0], x_prev.device)
+    if out is not None:
+        inputs = [x_prev] if noise is None else [x_prev, noise]
+        check_out("out", out, "x_prev", x_prev, x_prev.dtype, inputs)
+    spec = StepSpec(states=1, outputs=(9,), draws=1, noise_dtype=x_prev.dtype, fast=fast)
+    return call_step(
+        [x_prev], spec,
+        _table(schedule.fingerprint, schedule, "step", x_prev.device, x_prev.dtype), rows,
+        noise=noise_from(noise, generator, x_prev), keys=keys,
+        draws=_chain_draws(schedule.num_timesteps, x_prev.device),
+        counter=(low, offset, 0, 0), out=None if out is None else [out], backend=backend,
+    )[0]  # fmt: skip
+
+
+def q_chain(
+    x_start: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    sample_offset: int = 0,
+    at: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    fast: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The whole forward chain x_1 .. x_T from q(x_{1:T} | x_0), reading x_0 once.
+
+        q(x_{1:T} | x_0) = prod_t q(x_t | x_{t-1})               (Ho et al. 2020, eq. 2)
+
+    Args:
+        x_start: data x_0, (B, ...).
+        schedule: NoiseSchedule of T steps.
+        seed, sample_offset: noise of stream 4, step t; see q_sample.
+        noise: (T, B, ...) instead of a seed.
+        at: the indices t to keep, strictly increasing; all T by default. The others are passed
+            through in registers and never stored.
+        out: (len(at), B, ...) contiguous, the dtype of x_start.
+
+    Returns:
+        (len(at), B, ...): x of every kept t, rounded to x_start's dtype after every step. Not
+        differentiable; use q_step for gradients.
+    """
+    check_sample("x_start", x_start)
+    _check_schedule(schedule, chain=True)
+    _check_one_noise(seed, noise, None)
+    count = schedule.num_timesteps
+    kept = list(range(count)) if at is None else [int(t) for t in at]
+    if not kept or any(not 0 <= t < count for t in kept) or kept != sorted(set(kept)):
+        raise ValueError(f"at must be strictly increasing indices in [0, {count}), not {at!r}")
+    keys, low, offset = None, 0, 0
+    if seed is not None:
+        keys, low, offset = resolve_seed(seed, sample_offset, x_start.shape[0], x_start.device)
+    if noise is not None:
+        check_like("noise", noise, "x_start repeated T times", x_start.expand(count, *x_start.shape))
+    if x_start.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x_start requires grad: q_chain is not differentiable, use q_step")
+    shape = (len(kept), *x_start.shape)
+    if out is None:
+        out = torch.empty(shape, dtype=x_start.dtype, device=x_start.device)
+    else:
+        inputs = [x_start] if noise is None else [x_start, noise]
+        check_out("out", out, "(len(at), *x_start.shape)", x_start.expand(shape), x_start.dtype, inputs)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    slots = torch.full((count,), -1)
+    slots[torch.tensor(kept)] = torch.arange(len(kept))
+    operation("chain", x_start.device, compute_dtype(x_start.dtype), backend)(
+        x_start.contiguous(), None if noise is None else noise.contiguous(),
+        _chain_table(schedule, x_start.device, compute_dtype(x_start.dtype)),
+        slots.to(x_start.device), keys, low, offset, fast, target,
+    )  # fmt: skip
+    return out if target is out else out.copy_(target)
+
+
+@lru_cache(maxsize=64)
+def _chain_table(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> Tensor:
+    rows = np.stack([np.sqrt(schedule.alphas), np.sqrt(schedule.betas)], axis=1)
+    return torch.from_numpy(rows).to(device=device, dtype=dtype)
+
+
+def q_mean_variance(
+    x_start: Tensor,
+    t: int | Tensor,
+    schedule: Schedule,
+    *,
+    check: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and log-variance of q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I).
+
+    (Ho et al. 2020, eq. 4.) Variance and log-variance are per-sample numbers expanded to the shape
+    of x_start without memory of their own. Arguments and errors as in q_sample.
+    """
+    check_sample("x_start", x_start)
+    _check_schedule(schedule)
+    rows = resolve_rows(t, schedule.num_timesteps, x_start.shape[0], x_start.device, check)
+    table = _table(schedule.fingerprint, schedule, "mean", x_start.device, x_start.dtype)
+    mean = call_step([x_start], StepSpec(states=1, outputs=(1,)), table, rows, backend=backend)[0]
+    return (
+        mean,
+        _per_sample(schedule, "variance", rows, x_start),
+        _per_sample(schedule, "log_variance", rows, x_start),
+    )
+
+
+def q_posterior_mean_variance(
+    x_start: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    out: Tensor | None = None,
+    check: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0).
+
+        mean = c1_t x_0 + c2_t x_t,   c1_t = beta_t sqrt(abar_{t-1}) / (1 - abar_t),
+        c2_t = (1 - abar_{t-1}) sqrt(alpha_t) / (1 - abar_t)
+        variance = beta_t (1 - abar_{t-1}) / (1 - abar_t)              (Ho et al. 2020, eqs. 6, 7)
+
+    The log-variance at t = 0 is that of t = 1, because the variance there is 0 (Nichol & Dhariwal
+    2021). Variance and log-variance are per-sample numbers expanded to the shape of x_t without
+    memory of their own.
+
+    Args:
+        x_start, x_t: (B, ...), one shape, device and dtype.
+        out: tensor for the mean; may be one of the inputs.
+        t, schedule, check, backend: as in q_sample.
+    """
+    check_sample("x_start", x_start)
+    check_like("x_t", x_t, "x_start", x_start)
+    _check_schedule(schedule, chain=True)
+    rows = resolve_rows(t, schedule.num_timesteps, x_t.shape[0], x_t.device, check)
+    if out is not None:
+        check_out("out", out, "x_t", x_t, x_t.dtype, [x_start, x_t])
+    mean = call_step(
+        [x_start, x_t], StepSpec(states=2, outputs=(3,)),
+        _table(schedule.fingerprint, schedule, "posterior", x_t.device, x_t.dtype), rows,
+        out_dtypes=[x_t.dtype], out=None if out is None else [out], backend=backend,
+    )[0]  # fmt: skip
+    return (
+        mean,
+        _per_sample(schedule, "posterior_variance", rows, x_t),
+        _per_sample(schedule, "posterior_log_variance_clipped", rows, x_t),
+    )
+
+
+def randn(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    *,
+    sample_offset: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    out: Tensor | None = None,
+    fast: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normals as a pure function of (seed, sample, step, stream, element).
+
+    The same bits on every backend, in any batch split, order or memory layout; see
+    fastdiff/noise.py. Entry b of the first dimension is sample (seed, sample_offset + b), or
+    (seed[b], 0) for an int64 tensor of seeds.
+
+    Args:
+        shape: (B, ...), B >= 1.
+        seed: int in [0, 2^64) or int64 (B,).
+        sample_offset, step, stream: counters in [0, 2^32); streams are listed in fastdiff/noise.py.
+        dtype: float32 normals are rounded to it (float64: widened).
+        out: tensor of that shape and dtype to write into; its dtype and device then count.
+    """
+    sizes = tuple(int(size) for size in shape)
+    if out is None:
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"shape must not have negative sizes, not {sizes}")
+        result = torch.empty(sizes, dtype=dtype, device=device)
+    else:
+        result = out
+    check_sample("shape" if out is None else "out", result)
+    if result.shape != sizes:
+        raise ValueError(f"out must have shape {sizes}, not {tuple(result.shape)}")
+    if out is not None:
+        check_out("out", out, "shape", out, out.dtype, [])
+    check_uint32("step", step)
+    check_uint32("stream", stream)
+    keys, low, offset = resolve_seed(seed, sample_offset, sizes[0], result.device)
+    target = result if result.is_contiguous() else torch.empty_like(
+        result, memory_format=torch.contiguous_format)  # fmt: skip
+    operation("randn", result.device, compute_dtype(result.dtype), backend)(
+        target, keys, low, offset, step, stream, 0, fast
+    )
+    return result if target is result else result.copy_(target)

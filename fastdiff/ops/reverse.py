@@ -1,0 +1,263 @@
+"""One reverse step at any t of a chain: p_mean_variance, p_sample, ddim_sample.
+
+Thin functions over rows of the plans of fastdiff/solvers: the row of t in the plan over all T
+steps, so a loop of p_sample with one seed equals fastdiff.sample with that plan bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.ops.call import call_step, compute_dtype, noise_from
+from fastdiff.ops.checks import check_like, check_out, check_sample, resolve_rows, resolve_seed
+from fastdiff.ops.forward import _check_one_noise, _check_schedule
+from fastdiff.ops.step import StepSpec
+from fastdiff.plan import SolverPlan
+from fastdiff.schedules import NoiseSchedule
+from fastdiff.solvers.ddim import ddim
+from fastdiff.solvers.ddpm import ddpm
+
+__all__ = ["ddim_sample", "p_mean_variance", "p_sample"]
+
+Clip = tuple[float, float] | None
+
+
+@lru_cache(maxsize=64)
+def _ddpm_plan(schedule: NoiseSchedule, prediction: str, variance: str, clip: Clip) -> SolverPlan:
+    return ddpm(schedule, prediction_type=prediction, variance=variance, clip=clip)
+
+
+@lru_cache(maxsize=64)
+def _ddim_plan(
+    schedule: NoiseSchedule, prediction: str, eta: float, clip: Clip, reclip: bool, reverse: bool
+) -> SolverPlan:
+    return ddim(
+        schedule, prediction_type=prediction, eta=eta, clip=clip,
+        use_clipped_model_output=reclip, reverse=reverse,
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _plan(
+    fingerprint: str, kind: str, schedule: NoiseSchedule, *arguments: Any
+) -> SolverPlan:  # the fingerprint makes compiled graphs guard on the schedule's content
+    return (_ddpm_plan if kind == "ddpm" else _ddim_plan)(schedule, *arguments)
+
+
+def _check_model_output(model_output: Tensor, x_t: Tensor, learned: bool) -> None:
+    if not learned:
+        check_like("model_output", model_output, "x_t", x_t)
+        return
+    if x_t.dim() < 2:
+        raise ValueError("x_t must be (B, C, ...): a learned variance doubles the channels")
+    expected = x_t.new_empty((1,)).expand(x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:])
+    check_like("model_output", model_output, "x_t with twice the channels", expected)
+
+
+def _reverse_step(
+    plan: SolverPlan,
+    ascending: bool,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    seed: int | Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    sample_offset: int,
+    return_x_start: bool,
+    out: Tensor | None,
+    fast: bool,
+    check: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check_sample("x_t", x_t)
+    _check_model_output(model_output, x_t, plan.learned)
+    if bool(plan.draws_noise.any()) or not (seed is noise is generator is None):
+        _check_one_noise(seed, noise, generator)
+    if noise is not None:
+        check_like("noise", noise, "x_t", x_t)
+    rows = resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
+    if not ascending:
+        rows = plan.rows - 1 - rows
+    keys, low, offset = resolve_seed(
+        0 if seed is None else seed, sample_offset, x_t.shape[0], x_t.device
+    )
+    inputs = [x_t, model_output] + ([] if noise is None else [noise])
+    outputs = None
+    if out is not None:
+        check_out("out", out, "x_t", x_t, x_t.dtype, inputs)
+        outputs = [out] + ([torch.empty_like(x_t)] if return_x_start else [])
+    device_plan = plan.on(x_t.device, compute_dtype(x_t.dtype), return_x_start)
+    results = call_step(
+        [x_t], plan.spec(x_t.dtype, return_x_start, fast), device_plan.table, rows,
+        model_outputs=[model_output], noise=noise_from(noise, generator, x_t), keys=keys,
+        draws=device_plan.draws, counter=(low, offset, 0, 0), out=outputs, backend=backend,
+    )  # fmt: skip
+    return (results[0], results[1]) if return_x_start else results[0]
+
+
+def p_sample(
+    model_output: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    variance: str = "fixed_small",
+    clip: Clip = (-1.0, 1.0),
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    return_x_start: bool = False,
+    out: Tensor | None = None,
+    fast: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draws x_{t-1} from p(x_{t-1} | x_t), one pass (Ho et al. 2020, algorithm 2, line 4).
+
+    No noise is added at t = 0. Seeded noise is stream 1, step T - 1 - t: the plan's row.
+
+    Args:
+        model_output: (B, ...), with twice the channels (dim 1) for variance="learned_range".
+        x_t: (B, ...).
+        t: index into the schedule, int or integer (B,) or (1,); may differ between samples.
+        schedule: the chain stepped through; for fewer steps, schedule.spaced(...).
+        prediction_type, variance, clip: as in fastdiff.solvers.ddpm.
+        seed, noise, generator, sample_offset, out, fast, check, backend: as in q_sample.
+        return_x_start: also return the (clipped) x_0, from the same pass.
+    """
+    _check_schedule(schedule, chain=True)
+    plan = _plan(schedule.fingerprint, "ddpm", schedule, prediction_type, variance, clip)
+    return _reverse_step(
+        plan, False, model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start,
+        out, fast, check, backend,
+    )  # fmt: skip
+
+
+def ddim_sample(
+    model_output: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    eta: float = 0.0,
+    prediction_type: str = "epsilon",
+    clip: Clip = (-1.0, 1.0),
+    use_clipped_model_output: bool = True,
+    reverse: bool = False,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    return_x_start: bool = False,
+    out: Tensor | None = None,
+    fast: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One DDIM step from t to t - 1 (or t + 1 in reverse) of the chain (Song et al. 2021, eq. 12).
+
+    Noise is needed when eta > 0 only. Arguments as in p_sample and fastdiff.solvers.ddim.
+    """
+    _check_schedule(schedule, chain=True)
+    plan = _plan(
+        schedule.fingerprint, "ddim", schedule, prediction_type, eta, clip,
+        use_clipped_model_output, reverse,
+    )  # fmt: skip
+    return _reverse_step(
+        plan, reverse, model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start,
+        out, fast, check, backend,
+    )  # fmt: skip
+
+
+def p_mean_variance(
+    model_output: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    variance: str = "fixed_small",
+    clip: Clip = (-1.0, 1.0),
+    check: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, variance, log-variance of p(x_{t-1} | x_t) and the predicted x_0.
+
+    Mean and x_0 come from one pass. Variance and log-variance are per-sample numbers expanded to
+    the shape of x_t; with variance="learned_range" they are full tensors (Nichol & Dhariwal 2021,
+    eq. 15). Arguments as in p_sample.
+    """
+    _check_schedule(schedule, chain=True)
+    plan = _plan(schedule.fingerprint, "ddpm", schedule, prediction_type, variance, clip)
+    check_sample("x_t", x_t)
+    _check_model_output(model_output, x_t, plan.learned)
+    rows = plan.rows - 1 - resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
+    preview = plan.spec(x_t.dtype, preview=True)
+    mean_mask, x_start_mask = (mask & 7 for mask in preview.outputs)
+    spec = StepSpec(
+        states=1, outputs=(mean_mask, x_start_mask), learned=plan.learned,
+        clamp=None if preview.clamp is None else preview.clamp & 3,
+    )  # fmt: skip
+    table = _without_noise(plan.fingerprint, plan, x_t.device, compute_dtype(x_t.dtype))
+    mean, x_start = call_step(
+        [x_t], spec, table, rows, model_outputs=[model_output], backend=backend
+    )
+    inside = (rows >= 0) & (rows < plan.rows)
+    index = torch.where(inside, rows, 0)
+    bounds = _variances(plan.fingerprint, plan, schedule, variance, x_t.device, x_t.dtype)
+    picked = torch.where(inside[:, None], bounds[index], torch.nan)
+    low, high = (picked[:, k].reshape(-1, *[1] * (x_t.dim() - 1)) for k in (0, 1))
+    if not plan.learned:
+        return mean, low.expand(x_t.shape), high.expand(x_t.shape), x_start
+    f = model_output[:, x_t.shape[1] :] * 0.5 + 0.5
+    log_variance = f * high + (1.0 - f) * low
+    return mean, torch.exp(log_variance), log_variance, x_start
+
+
+@lru_cache(maxsize=64)
+def _uploaded_without_noise(plan: SolverPlan, device: torch.device, dtype: torch.dtype) -> Tensor:
+    silent = SolverPlan(
+        plan.name, plan.A[:, :, :-1], plan.x_start, plan.t, plan.draws[:, :0],
+        None if plan.P is None else plan.P[:, :-1], plan.lo, plan.hi, plan.c_in,
+    )  # fmt: skip
+    return torch.from_numpy(silent.table(preview=True)).to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _without_noise(
+    fingerprint: str, plan: SolverPlan, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return _uploaded_without_noise(plan, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _uploaded_variances(
+    schedule: NoiseSchedule, variance: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(T, 2) by plan row: variance and log-variance, or the log bounds of a learned range."""
+    small_log = schedule.posterior_log_variance_clipped
+    if variance == "fixed_small":
+        columns = [schedule.posterior_variance, small_log]
+    elif variance == "fixed_large":
+        large_log = np.append(small_log[:1], np.log(schedule.betas[1:]))
+        columns = [np.exp(large_log), large_log]
+    else:
+        columns = [small_log, np.log(schedule.betas)]
+    array = np.stack(columns, axis=1)[::-1]
+    return torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _variances(
+    fingerprint: str, plan: SolverPlan, schedule: NoiseSchedule, variance: str,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _uploaded_variances(schedule, variance, device, dtype)

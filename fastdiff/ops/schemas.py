@@ -1,0 +1,56 @@
+"""The schemas of the fused operations: one list, defined alike for every backend.
+
+`torch.ops.fastdiff_reference.step`, `torch.ops.fastdiff_native.step` and
+`torch.ops.fastdiff_triton.step` take the same arguments and leave the same bits. Every operation
+writes into tensors that the caller allocated and returns nothing, so its fake kernel is empty and
+the caller decides where memory comes from. What each one means stands in the module of its name.
+
+Arguments common to the three:
+    keys            int64 (B, 2): seed and sample of every batch entry, on the device; or None, and
+                    then entry b has (seed, sample_offset + b) from the by-value integers.
+    seed            the 64 bits of the seed as a signed integer.
+    fast            GPUs may use their approximate log2, sin, cos and sqrt in the noise.
+All tensors are contiguous and on one device; the backends do not check what ops/ has checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.library import Library
+
+__all__ = ["DTYPE_CODES", "SCHEMAS", "define"]
+
+SCHEMAS = {
+    # out (B, ...): elements 4*first_block.. of the noise of every sample, rounded to out's dtype.
+    "randn": (
+        "(Tensor(a!) out, Tensor? keys, int seed, int sample_offset, int step, int stream, "
+        "int first_block, bool fast) -> ()"
+    ),
+    # The fused solver step, ops/step.py.
+    "step": (
+        "(Tensor[] states, Tensor[] model_outputs, Tensor[] noise, Tensor table, Tensor rows, "
+        "Tensor? keys, Tensor? draws, Tensor? guidance_scale, Tensor? threshold, int[] spec, "
+        "int[] counter, Tensor(a!)[] out, Tensor(b!)? model_input) -> ()"
+    ),
+    # The forward chain q(x_{1:T} | x_0), ops/chain.py.
+    "chain": (
+        "(Tensor x_start, Tensor? noise, Tensor table, Tensor slots, Tensor? keys, int seed, "
+        "int sample_offset, bool fast, Tensor(a!) out) -> ()"
+    ),
+}
+
+# How a dtype is named inside int arguments (spec of `step`); csrc/include/dtype.h agrees.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def define(backend: str) -> Library:
+    """Defines every operation in the namespace of one backend, with its fake kernel."""
+    library = Library(f"fastdiff_{backend}", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastdiff_{backend}::{name}", _writes_only, lib=library)
+    return library
+
+
+def _writes_only(*_arguments: object) -> None:
+    """The fake kernel of every operation: they return nothing and allocate nothing."""

@@ -1,0 +1,222 @@
+"""The fused solver step: one affine map of states, model output, clamp node and noise.
+
+For batch entry b with row i = rows[b] of the coefficient table:
+
+    o  = o_uncond + g * (o_cond - o_uncond)      optional classifier-free guidance
+    c  = clamp(P . [S, o, z], lo, hi)            optional; or clamp to +-s, times 1/s (threshold)
+    out[r] = A[r] . [S, o, c, z]                 one row per output
+    model_input = cast(c_in * out[0])            optional; from the stored (rounded) out[0]
+
+Math in float32 (float64 for a float64 table), multiply and add rounded separately, accumulated in
+column order S0.., o, c, z0..; a zero coefficient means that its column is neither read nor added
+(the empty sum is -0.0, the identity of addition); one rounding to nearest even at the store.
+
+q_sample, the q-posterior mean, DDPM, DDIM and every other solver are rows of such tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiff.noise import normals, sample_keys
+from fastdiff.ops.exp import exp
+from fastdiff.ops.schemas import DTYPE_CODES
+
+__all__ = ["HEADER", "StepSpec", "step", "step_values"]
+
+# The first columns of a table row; then P over [S, o, z], then each A[r] over [S, o, c, z].
+HEADER = ("lo", "hi", "c_in", "half_log_variance_min", "half_log_variance_max")
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """The static structure of a step: which columns exist. Coefficients live in the table.
+
+    Attributes:
+        states: number of state tensors S.
+        outputs: one bit mask per output row over the columns [S0.., o, c, z0..] (bit 0 is S0):
+            the columns that any row of the table may use. A backend does not touch the others.
+        clamp: bit mask over [S0.., o, z0..] of the clamp node's P, or None without clamp node.
+        draws: number of noise tensors z per row.
+        noise_dtype: dtype that seeded noise is rounded to before use.
+        learned: the model output carries C more channels v in [-1, 1]; the noise coefficient is
+            multiplied by exp(f * half_log_variance_max + (1 - f) * half_log_variance_min),
+            f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+        fast: noise="fast".
+    """
+
+    states: int
+    outputs: tuple[int, ...]
+    clamp: int | None = None
+    draws: int = 0
+    noise_dtype: torch.dtype = torch.float32
+    learned: bool = False
+    fast: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Columns of one A row: S, o, c, z."""
+        return self.states + 2 + self.draws
+
+    @property
+    def width(self) -> int:
+        """Entries of one table row."""
+        return len(HEADER) + self.columns - 1 + len(self.outputs) * self.columns
+
+    @property
+    def reads_model_output(self) -> bool:
+        bit = 1 << self.states
+        return any(mask & bit for mask in (*self.outputs, self.clamp or 0))
+
+    @property
+    def encoded(self) -> list[int]:
+        """The `spec` argument of the operation."""
+        clamp = -1 if self.clamp is None else self.clamp
+        head = [self.draws, DTYPE_CODES[self.noise_dtype], int(self.learned), int(self.fast), clamp]
+        return head + list(self.outputs)
+
+
+def step_values(
+    states: Sequence[Tensor],
+    model_outputs: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor | None,
+    draws: Tensor | None,
+    guidance_scale: Tensor | None,
+    threshold: Tensor | None,
+    spec: Sequence[int],
+    counter: Sequence[int],
+    out_dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """The definition of the step in plain PyTorch, differentiable: the values of `out`.
+
+    Args:
+        states: N tensors (B, ...).
+        model_outputs: none, [o] or [o_uncond, o_cond]; (B, ...), with twice the channels (dim 1)
+            when the variance is learned.
+        noise: one (B, ...) tensor per draw, or none for seeded noise.
+        table: float32 or float64 (R, width), on the device.
+        rows: int64 (B,) or (1,); a row outside the table gives NaN.
+        keys, counter: where seeded noise comes from; counter = (seed, sample_offset, step, stream),
+            its step and stream used when draws is None.
+        draws: int64 (R, D, 2), (step, stream) of every draw of every row.
+        guidance_scale: float32 (B,) or (1,) g; threshold: float32 (B,) or (1,) s.
+        spec: StepSpec.encoded.
+        out_dtypes: dtype of every output.
+    """
+    n_draws, noise_code, learned, _fast, clamp_mask, *output_masks = spec
+    n_states, shape, batch = len(states), states[0].shape, states[0].shape[0]
+    compute = table.dtype
+    columns = n_states + 2 + n_draws
+
+    inside = (rows >= 0) & (rows < table.shape[0])
+    index = torch.where(inside, rows, 0)
+    coefficient = torch.where(inside[:, None], table[index], torch.nan)
+
+    def flat(value: Tensor) -> Tensor:
+        return value.reshape(batch, -1).to(compute)
+
+    def per_sample(value: Tensor) -> Tensor:
+        return value.to(compute)[:, None]
+
+    n = states[0].numel() // batch if batch else 0
+    v = None
+    o = None
+    if model_outputs:
+        halves = [flat(value) for value in model_outputs]
+        if learned:
+            v = halves[-1][:, n:]
+        o = halves[0][:, :n]
+        if len(halves) == 2:
+            assert guidance_scale is not None
+            o = o + per_sample(guidance_scale) * (halves[1][:, :n] - o)
+
+    z: list[Tensor | None] = []
+    for k in range(n_draws):
+        if noise:
+            z.append(flat(noise[k]))
+            continue
+        all_keys = sample_keys(keys, counter[0], counter[1], batch, states[0].device)
+        noise_step: Tensor | int = counter[2] if draws is None else draws[index, k, 0]
+        stream: Tensor | int = counter[3] if draws is None else draws[index, k, 1]
+        noise_dtype = next(d for d, code in DTYPE_CODES.items() if code == noise_code)
+        z.append(normals(all_keys, noise_step, stream, n).to(noise_dtype).to(compute))
+
+    noise_scale = None
+    if learned:
+        assert v is not None
+        f = v * 0.5 + 0.5
+        low, high = coefficient[:, 3:4], coefficient[:, 4:5]
+        noise_scale = exp(f * high + (1.0 - f) * low)
+
+    def combine(mask: int, first: int, values: list[Tensor | None]) -> Tensor:
+        acc = None
+        for column, value in enumerate(values):
+            if not mask >> column & 1:
+                continue
+            assert value is not None
+            a = coefficient[:, first + column, None]
+            used = a != 0
+            if noise_scale is not None and column >= len(values) - n_draws:
+                a = a * noise_scale
+            # -0.0 + term == term for every term, so the sum starts at the first used column.
+            before = torch.full_like(value, -0.0) if acc is None else acc
+            acc = torch.where(used, before + a * value, before)
+        if acc is None:
+            acc = torch.full((batch, n), -0.0, dtype=compute, device=table.device)
+        return acc
+
+    s = [flat(state) for state in states]
+    c = None
+    if clamp_mask >= 0:
+        c = combine(clamp_mask, len(HEADER), [*s, o, *z])
+        if threshold is None:
+            lo, hi = coefficient[:, 0:1], coefficient[:, 1:2]
+            c = torch.where(c < lo, lo, torch.where(c > hi, hi, c))  # NaN passes
+        else:
+            bound = per_sample(threshold)
+            c = torch.where(c < -bound, -bound, torch.where(c > bound, bound, c))
+            c = c * (1.0 / bound)
+    results = []
+    first = len(HEADER) + columns - 1
+    for mask, dtype in zip(output_masks, out_dtypes, strict=True):
+        results.append(combine(mask, first, [*s, o, c, *z]).to(dtype).reshape(shape))
+        first += columns
+    return results
+
+
+def step(
+    states: list[Tensor],
+    model_outputs: list[Tensor],
+    noise: list[Tensor],
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor | None,
+    draws: Tensor | None,
+    guidance_scale: Tensor | None,
+    threshold: Tensor | None,
+    spec: list[int],
+    counter: list[int],
+    out: list[Tensor],
+    model_input: Tensor | None,
+) -> None:
+    """The `step` operation of the reference backend: step_values, stored."""
+    values = step_values(
+        states, model_outputs, noise, table, rows, keys, draws, guidance_scale, threshold,
+        spec, counter, [tensor.dtype for tensor in out],
+    )  # fmt: skip
+    if model_input is not None:
+        inside = (rows >= 0) & (rows < table.shape[0])
+        c_in = torch.where(inside, table[torch.where(inside, rows, 0), 2], torch.nan)
+        stored = values[0].reshape(values[0].shape[0], -1).to(table.dtype)
+        scaled = (c_in[:, None] * stored).to(model_input.dtype)
+        copies = model_input.numel() // max(values[0].numel(), 1)
+        model_input.copy_(torch.cat([scaled] * copies).reshape(model_input.shape))
+    for target, value in zip(out, values, strict=True):
+        target.copy_(value)

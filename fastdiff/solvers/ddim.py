@@ -1,0 +1,98 @@
+"""DDIM (Song, Meng & Ermon 2021) and its reverse as a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastdiff.noise import STREAM_STEP
+from fastdiff.plan import SolverPlan
+from fastdiff.schedules import NoiseSchedule
+from fastdiff.solvers.prediction import check_clip, denoised, epsilon
+from fastdiff.solvers.subsequence import subsequence
+
+__all__ = ["ddim"]
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    steps: int | str | None = None,
+    *,
+    eta: float = 0.0,
+    prediction_type: str = "epsilon",
+    clip: tuple[float, float] | None = (-1.0, 1.0),
+    use_clipped_model_output: bool = True,
+    reverse: bool = False,
+    spacing: str = "trailing",
+    timesteps: Sequence[int] | None = None,
+) -> SolverPlan:
+    """DDIM sampling, deterministic at eta = 0.
+
+        x_0     = clip(denoised(x_t, output))
+        sigma_t = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)
+        x_prev  = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma_t^2) epsilon + sigma_t z
+
+    (Song et al. 2021, eqs. 12 and 16; eta = 1 is DDPM with the posterior variance.) With
+    reverse=True the ODE runs from data to noise: x_0 and epsilon at t make x at the next kept t.
+
+    Args:
+        schedule: the chain the model was trained with.
+        steps, spacing, timesteps: the kept steps, as in ddpm().
+        eta: stochasticity, >= 0; must be 0 in reverse. Values whose sigma_t^2 exceeds
+            1 - abar_prev are refused.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        clip: (lo, hi) bounds of x_0, or None.
+        use_clipped_model_output: derive epsilon again from the clipped x_0 (as guided-diffusion
+            does); False keeps the model's own epsilon (diffusers' default).
+        reverse: from x_0 to x_T (DDIM inversion).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if not (isinstance(eta, (int, float)) and np.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta must be a number >= 0, not {eta!r}")
+    if reverse and eta != 0:
+        raise ValueError(f"eta must be 0 in reverse: the reverse ODE is deterministic, not {eta}")
+    check_clip(clip)
+    chain = subsequence(schedule, steps, spacing, timesteps)
+    rows = len(chain)
+    order = np.arange(rows) if reverse else np.arange(rows)[::-1]
+    other = (chain.alphas_cumprod_next if reverse else chain.alphas_cumprod_prev)[order]
+    alpha_t, sigma_t = chain.alpha_t[order], chain.sigma_t[order]
+    # 1 - abar of the step we go to, without cancellation: its own sigma_t squared.
+    other_beta_bar = np.square(np.append(sigma_t[1:], 1.0 if reverse else 0.0))
+    sigma = eta * np.sqrt(other_beta_bar / np.square(sigma_t) * chain.betas[order])
+    remaining = other_beta_bar - np.square(sigma)
+    if (remaining < -1e-12).any():
+        raise ValueError(f"eta = {eta} makes sigma_t^2 exceed 1 - abar_prev; lower it")
+    scale_x0, scale_eps = np.sqrt(other), np.sqrt(np.maximum(remaining, 0.0))
+
+    p, q = denoised(prediction_type, alpha_t, sigma_t)
+    e, f = epsilon(prediction_type, alpha_t, sigma_t)
+    zero, one = np.zeros(rows), np.ones(rows)
+    if clip is None:  # columns x, o, c, z
+        A = np.stack([scale_x0 * p + scale_eps * e, scale_x0 * q + scale_eps * f, zero, sigma], 1)
+        x_start = np.stack([p, q, zero], axis=1)
+    else:
+        if use_clipped_model_output:  # epsilon = (x_t - alpha_t c) / sigma_t
+            parts = [scale_eps / sigma_t, zero, scale_x0 - scale_eps * alpha_t / sigma_t, sigma]
+        else:
+            parts = [scale_eps * e, scale_eps * f, scale_x0, sigma]
+        A = np.stack(parts, axis=1)
+        x_start = np.stack([zero, zero, one], axis=1)
+    steps_streams = np.stack([np.arange(rows), np.full(rows, STREAM_STEP)], axis=1)
+    return SolverPlan(
+        name=f"DDIM{' reverse' if reverse else ''}, {rows} steps",
+        A=A[:, None],
+        x_start=x_start,
+        t=np.asarray(chain.timesteps[order], np.float64),
+        draws=steps_streams[:, None],
+        P=None if clip is None else np.stack([p, q, zero], axis=1),
+        lo=None if clip is None else np.full(rows, float(clip[0])),
+        hi=None if clip is None else np.full(rows, float(clip[1])),
+        about={
+            "schedule": schedule.name, "prediction_type": prediction_type, "eta": str(float(eta)),
+            "clip": str(clip),
+        },
+    )  # fmt: skip

@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 INSTALLED := $(VENV)/.fastdiff-installed
-CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 MAKEFLAGS += --no-print-directory
 
 .PHONY: sample test test-all bench lint lint-ruff lint-mypy lint-clang-format lint-traps format clean

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDERS = ("fastdiff", "kernels", "csrc")
-SUFFIXES = (".py", ".h", ".cpp", ".cu")
+SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh")
 ALLOW = re.compile(r"(#|//).*\ballow-trap: *\w")
 
 CONTRACTS = "contracts to an FMA on some CPUs; write separate `*` and `+`"

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     train_digits = what.add_parser(
         "digits",
         help="handwritten digits, 8x8",
-        description="Train the digits model. The same seed and thread count give the same weights.",
+        description="Train the digits model. The same seed gives the same weights.",
     )
     _train_options(train_digits.add_argument)
     train_digits.set_defaults(run=_train_digits)
@@ -142,7 +142,7 @@ def _sample_options(add: Callable[..., object]) -> None:
         type=_real(0, 100),
         default=digits.GUIDANCE_SCALE,
     )
-    option("--count", "N", f"pictures of each digit {default}", type=_integer(1, 1000), default=8)
+    option("--count", "N", f"pictures of each digit {default}", type=_integer(1, 100), default=8)
     backends = ("auto", *fd.backends.names())
     add("--backend", choices=backends, default="auto", help=f"who runs the steps {default}")
     option("--device", "DEVICE", "cpu or cuda (default: a GPU if there is one)", default="auto")
@@ -301,7 +301,7 @@ def _sample(options: argparse.Namespace) -> int:
     with fd.use_backend(None if options.backend == "auto" else options.backend):
         try:
             backend = fd.backends.select(device, torch.float32)  # builds the native one if need be
-        except fd.backends.BackendError as error:
+        except (fd.backends.BackendError, ValueError) as error:
             raise _UsageError(f"argument --backend: {error}") from None
         # The first call of a kernel and of a model costs more than the others: not of this run.
         run(denoise, steps=min(2, steps))
@@ -346,13 +346,15 @@ def _train_digits(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(fd.backends.info())
+    from fastdiff.backends.info import info
+
+    print(info())
     return 0
 
 
 def _build(options: argparse.Namespace) -> int:
-    result = fd.backends.native.build(force=options.force, verbose=options.verbose)
-    print(result)
+    for path in fd.backends.native.build(force=options.force, verbose=options.verbose):
+        print(path)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The forward chain q(x_{1:T} | x_0) (fastdiff/ops/chain.py): x stays in registers between steps."""
+"""The forward chain q(x_{1:T} | x_0) (fastdiff/ops/chain.py); x stays in registers."""
 
 from __future__ import annotations
 
@@ -19,49 +19,6 @@ from fastdiff.kernels.noise import normal_tile, sample_key
 from fastdiff.noise import STREAM_CHAIN
 
 __all__ = ["prepare"]
-
-
-@triton.jit
-def chain_tile(
-    x_start,
-    noise,
-    table,
-    slots,
-    out,
-    steps,
-    key,
-    STREAM: tl.constexpr,
-    start,
-    offset,
-    size,
-    mask,
-    FAST: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    dtype: tl.constexpr = out.dtype.element_ty
-    x = load(x_start + offset, None, mask, BLOCK)
-    for t in range(steps):
-        a = tl.load(table + 2 * t)
-        b = tl.load(table + 2 * t + 1)
-        acc = empty_sum(BLOCK)
-        if a != 0:
-            acc = acc + a * x
-        if b != 0:
-            if noise is None:
-                first_block = (start // 4).to(tl.uint32)
-                z = normal_tile(
-                    first_block, key, t.to(tl.uint32), STREAM, FAST, NEIGHBOURS, BLOCK
-                )
-                z = z.to(dtype).to(tl.float32)
-            else:
-                z = load(noise + offset + t * size, None, mask, BLOCK)
-            acc = acc + b * z
-        # Rounded even where it is not stored: T single steps would have rounded it.
-        x = acc.to(dtype).to(tl.float32)
-        slot = tl.load(slots + t)
-        if slot >= 0:
-            store(out + offset + slot * size, x, mask, BLOCK)
 
 
 @triton.jit(do_not_specialize=["steps", "seed", "sample_offset", "batch", "n_units"])
@@ -85,25 +42,38 @@ def chain_kernel(
     NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    dtype: tl.constexpr = out.dtype.element_ty
     b, n, start = tile_origin(n_units, UNIT, SAMPLE_AXIS, BLOCK)
     offset = b * n + start
     size = batch * n
+    mask = None
+    if TAIL:
+        mask = inside_tile(start, n, BLOCK)
     key = sample_key(keys, seed, sample_offset, b)
-    if not TAIL:
-        chain_tile(
-            x_start, noise, table, slots, out, steps, key, STREAM, start, offset, size, None,
-            FAST, NEIGHBOURS, BLOCK,
-        )  # fmt: skip
-    elif start + BLOCK <= n:
-        chain_tile(
-            x_start, noise, table, slots, out, steps, key, STREAM, start, offset, size, None,
-            FAST, NEIGHBOURS, BLOCK,
-        )  # fmt: skip
-    else:
-        chain_tile(
-            x_start, noise, table, slots, out, steps, key, STREAM, start, offset, size,
-            inside_tile(start, n, BLOCK), FAST, NEIGHBOURS, BLOCK,
-        )  # fmt: skip
+    first_block = (start // 4).to(tl.uint32)
+
+    x = load(x_start + offset, None, mask, BLOCK)
+    t = tl.full((), 0, tl.int64)
+    while t < steps:
+        scale = tl.load(table + 2 * t)
+        sigma = tl.load(table + 2 * t + 1)
+        acc = empty_sum(BLOCK)
+        if scale != 0:
+            acc = acc + scale * x
+        if sigma != 0:
+            if noise is None:
+                step = t.to(tl.uint32)
+                z = normal_tile(first_block, key, step, STREAM, FAST, NEIGHBOURS, BLOCK)
+                z = z.to(dtype).to(tl.float32)
+            else:
+                z = load(noise + offset + t * size, None, mask, BLOCK)
+            acc = acc + sigma * z
+        # Rounded even where it is not stored: T single steps would have rounded it.
+        x = acc.to(dtype).to(tl.float32)
+        slot = tl.load(slots + t)
+        if slot >= 0:
+            store(out + offset + slot * size, x, mask, BLOCK)
+        t += 1
 
 
 def prepare(
@@ -124,7 +94,7 @@ def prepare(
     if not out.numel() or not table.shape[0]:
         return None
     batch = x_start.shape[0]
-    tiles = tiling(x_start.numel() // batch, batch, [x_start, out], block)
+    tiles = tiling(x_start.numel() // batch, batch, [x_start, out], nvidia=nvidia, block=block)
     arguments = (
         x_start, noise, table, slots, keys, out,
         table.shape[0], seed, sample_offset, batch, tiles.units,

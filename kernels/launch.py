@@ -1,22 +1,22 @@
-"""How work is cut into programs: one tile of one sample each, so coefficients are scalars.
+"""How work is cut into programs, and what every kernel does with its tile.
 
-A tile that lies inside its sample takes a path without masks: a mask whose bound is not a multiple
-of 16 costs the wide loads and stores.
+A program has one tile of one sample, so that what belongs to a sample (coefficients, seed, row of
+the table) is a scalar. Offsets are 64-bit up to the tile and 32-bit inside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Launch", "inside_tile", "load", "tile_origin", "tiling"]
+__all__ = ["Launch", "empty_sum", "inside_tile", "load", "store", "tile_origin", "tiling"]
 
-ELEMENTS_PER_THREAD = 8  # 32 registers still hold a DDPM step with its noise
+ELEMENTS_PER_THREAD = 8  # one 16-byte access of a 16-bit tensor, two of a float32 one
 LARGEST_BLOCK = 1024
 SMALLEST_BLOCK = 128
 # The interpreter's time is per program and operation, hardly per element.
@@ -24,7 +24,7 @@ INTERPRETER_BLOCK = 1 << 16
 MAX_GRID_Y = 65535
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Launch:
     """One call of a kernel: its grid, its arguments by position, its constants by name."""
 
@@ -38,29 +38,36 @@ class Launch:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     grid: tuple[int, int]
     units: int  # n / UNIT
     constants: dict[str, Any]
     options: dict[str, Any]
 
 
-def tiling(n: int, batch: int, tensors: list[Tensor], block: int | None = None) -> Tiling:
+def tiling(n: int, batch: int, tensors: list[Tensor], *, nvidia: bool, block: int | None) -> Tiling:
     """Grid and block for `batch` samples of n elements in the given tensors.
 
     Constants: UNIT, the power of two that n is known to be a multiple of (up to a 16-byte access of
     the narrowest tensor); TAIL, whether the last tile of a sample is partial; SAMPLE_AXIS;
     NEIGHBOURS, see noise.normal_tile; BLOCK.
     """
+    itemsize = min([tensor.element_size() for tensor in tensors])
+    return _tiling(n, batch, itemsize, tensors[0].is_cpu, nvidia, block, MAX_GRID_Y)
+
+
+@lru_cache(maxsize=4096)
+def _tiling(
+    n: int, batch: int, itemsize: int, cpu: bool, nvidia: bool, block: int | None, max_grid_y: int
+) -> Tiling:
     if block is None:
-        largest = INTERPRETER_BLOCK if tensors[0].device.type == "cpu" else LARGEST_BLOCK
+        largest = INTERPRETER_BLOCK if cpu else LARGEST_BLOCK
         block = max(SMALLEST_BLOCK, min(largest, triton.next_power_of_2(n)))
-    neighbours = 16 // min(tensor.element_size() for tensor in tensors)
+    neighbours = 16 // itemsize
     unit = next(unit for unit in (8, 4, 1) if unit <= neighbours and n % unit == 0)
     tiles = triton.cdiv(n, block)
-    # Only x counts further than 65535; both counts cannot be that large within 2^34 elements.
-    samples_first = batch > MAX_GRID_Y
+    # Only x counts further. Not both are that many: 65536 samples of 65536 tiles are terabytes.
+    samples_first = batch > max_grid_y
     return Tiling(
         grid=(batch, tiles) if samples_first else (tiles, batch),
         units=n // unit,
@@ -72,7 +79,7 @@ def tiling(n: int, batch: int, tensors: list[Tensor], block: int | None = None) 
             "BLOCK": block,
         },
         options={
-            "num_warps": max(1, min(8, block // (32 * ELEMENTS_PER_THREAD))),
+            "num_warps": max(1, block // ((32 if nvidia else 64) * ELEMENTS_PER_THREAD)),
             "enable_fp_fusion": False,
         },
     )
@@ -91,8 +98,8 @@ def tile_origin(n_units, UNIT: tl.constexpr, SAMPLE_AXIS: tl.constexpr, BLOCK: t
 
 @triton.jit
 def inside_tile(start, n, BLOCK: tl.constexpr):
-    """Mask of a partial tile. n - start fits in 32 bits there, and only there."""
-    return tl.arange(0, BLOCK) < (n - start).to(tl.int32)
+    """Mask of the elements that the sample has."""
+    return tl.arange(0, BLOCK) < tl.minimum(n - start, BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -12,9 +12,7 @@ from fastdiff.kernels.noise import normal_tile, sample_key
 __all__ = ["prepare"]
 
 
-@triton.jit(
-    do_not_specialize=["seed", "sample_offset", "step", "stream", "first_block", "n_units"]
-)
+@triton.jit(do_not_specialize=["seed", "sample_offset", "step", "stream", "first_block", "n_units"])
 def randn_kernel(
     out,
     keys,
@@ -42,13 +40,10 @@ def randn_kernel(
         NEIGHBOURS,
         BLOCK,
     )
-    pointer = out + b * n + start
-    if not TAIL:
-        store(pointer, z, None, BLOCK)
-    elif start + BLOCK <= n:
-        store(pointer, z, None, BLOCK)
-    else:
-        store(pointer, z, inside_tile(start, n, BLOCK), BLOCK)
+    mask = None
+    if TAIL:
+        mask = inside_tile(start, n, BLOCK)
+    store(out + b * n + start, z, mask, BLOCK)
 
 
 def prepare(
@@ -68,7 +63,7 @@ def prepare(
     if not out.numel():
         return None
     batch = out.shape[0]
-    tiles = tiling(out.numel() // batch, batch, [out], block)
+    tiles = tiling(out.numel() // batch, batch, [out], nvidia=nvidia, block=block)
     arguments = (out, keys, seed, sample_offset, step, stream, first_block, tiles.units)
     constants = {"FAST": nvidia and fast, **tiles.constants}
     return Launch(randn_kernel, tiles.grid, arguments, constants, tiles.options)

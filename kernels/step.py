@@ -94,19 +94,20 @@ def combine(
     for column in tl.static_range(COLUMNS):
         if (MASK >> column) & 1:
             a = coefficients[column]
+            value = values[column]
             if DENSE:
-                acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * values[column]
-            elif a != 0:
-                acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * values[column]
+                acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * value
+            else:
+                if a != 0:
+                    acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * value
     return acc
 
 
 @triton.jit
 def scaled(a, noise_scale, IS_DRAW: tl.constexpr):
     """The coefficient; of a draw, times the noise scale of learned variance."""
-    if IS_DRAW:
-        if noise_scale is not None:
-            a = a * noise_scale
+    if IS_DRAW and noise_scale is not None:
+        a = a * noise_scale
     return a
 
 
@@ -218,7 +219,8 @@ def step_tile(
 
     values = s + (o, 0) + z
     if CLAMP:
-        c = combine(coefficients[0], values, noise_scale, MASKS[0], COLUMNS, FIRST_DRAW, DENSE, BLOCK)
+        p = coefficients[0]
+        c = combine(p, values, noise_scale, MASKS[0], COLUMNS, FIRST_DRAW, DENSE, BLOCK)
         # Written so that NaN passes.
         c = tl.where(c < bounds[0], bounds[0], tl.where(c > bounds[1], bounds[1], c))
         if len(bounds) == 3:
@@ -226,9 +228,8 @@ def step_tile(
         values = s + (o, c) + z
 
     for r in tl.static_range(len(out)):
-        acc = combine(
-            coefficients[r + 1], values, noise_scale, MASKS[r + 1], COLUMNS, FIRST_DRAW, DENSE, BLOCK
-        )
+        a = coefficients[r + 1]
+        acc = combine(a, values, noise_scale, MASKS[r + 1], COLUMNS, FIRST_DRAW, DENSE, BLOCK)
         stored = store(out[r] + offset, acc, mask, BLOCK)
         if r == 0:
             for copy in tl.static_range(COPIES):
@@ -328,7 +329,7 @@ def step_kernel(
     dense = all_used(coefficients, MASKS, COLUMNS)
     if TAIL:
         dense = dense & (start + BLOCK <= n)
-        mask = tl.arange(0, BLOCK) < tl.minimum(n - start, BLOCK).to(tl.int32)
+        mask = inside_tile(start, n, BLOCK)
     # The common tile, whole and without a zero coefficient, is straight-line code.
     if dense:
         step_tile(
@@ -396,7 +397,8 @@ def prepare(
         return None
     batch = out[0].shape[0]
     written = [*out] if model_input is None else [*out, model_input]
-    tiles = tiling(size // batch, batch, [*states, *model_outputs, *noise, *written], block)
+    tensors = [*states, *model_outputs, *noise, *written]
+    tiles = tiling(size // batch, batch, tensors, nvidia=nvidia, block=block)
     arguments = (
         tuple(states), tuple(model_outputs), tuple(noise), tuple(out), model_input,
         table, rows, keys, draws, guidance_scale, threshold,

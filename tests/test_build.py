@@ -86,6 +86,8 @@ class Toy:
         backends.mkdir(parents=True)
         for module in ("build", "targets", "toolchain"):
             shutil.copy(Path(builder.__file__).with_name(f"{module}.py"), backends)
+        for package in (backends, backends.parent):
+            (package / "__init__.py").touch()
         self.csrc = self.site / "fastdiff" / "csrc"
         (self.csrc / "include").mkdir(parents=True)
         (self.csrc / "toy.cpp").write_text(TOY_CPP)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {".cpp", ".h", ".cu", ".md"}
+SOURCES = {".cpp", ".h", ".cu", ".cuh", ".md"}
 
 
 def python(code: str, cwd: Path, *path: Path) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ FD_HD void chain_group(T a, T b, const Place& z, int i, S* x) {
   using V = typename Group<T>::V;
   Group<T> acc, value;
 #pragma GCC unroll 8
-  for (int u = 0; u < kUnroll; ++u) acc.v[u] = V{} + static_cast<T>(-0.0);
+  for (int u = 0; u < kUnroll; ++u) acc.v[u] = broadcast<V>(static_cast<T>(-0.0));
   if (a != 0) {
     load_group(x + i, value);
 #pragma GCC unroll 8
@@ -44,11 +44,10 @@ __attribute__((noinline)) void chain_blocks(const ChainParams& p, int64_t first,
     memset(x + count, 0, bytes(padded - count));
     for (int64_t t = 0; t < p.steps; ++t) {
       const T a = table[2 * t], scale = table[2 * t + 1];
-      Place noise{z, DType::f32};
+      Place noise{z, noise_storage(p.out.dtype)};
       if (!p.noise.data && scale != 0) {
         const Draw draw{key, static_cast<uint32_t>(t), static_cast<uint32_t>(kStreamChain)};
-        fill_noise(p.out.dtype, draw, static_cast<uint32_t>(begin / 4),
-                   reinterpret_cast<float*>(z), count);
+        fill_noise(p.out.dtype, draw, static_cast<uint32_t>(begin / 4), z, padded);
       } else if (p.noise.data) {
         const int64_t size = size_of(p.noise.dtype);
         noise = {static_cast<char*>(p.noise.data) + (t * p.batch * p.n + element) * size,

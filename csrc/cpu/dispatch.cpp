@@ -83,15 +83,23 @@ int run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, i
   return 0;
 }
 
+// Names of the levels that this CPU runs, best first, with commas.
+std::string isa_levels() {
+  std::string names;
+  each_level([&](const Kernels& level) {
+    if (!names.empty()) names += ",";
+    names += level.isa;
+  });
+  return names;
+}
+
 // The level in use; first, unless `force` is empty, the one named so, if this CPU has it.
 std::string isa(const std::string& force) {
-  std::string levels;
   const Kernels* chosen = nullptr;
   each_level([&](const Kernels& level) {
-    levels += levels.empty() ? level.isa : std::string(", ") + level.isa;
     if (force == level.isa) chosen = &level;
   });
-  STD_TORCH_CHECK(chosen || force.empty(), "isa must be one of ", levels, ", not ", force);
+  STD_TORCH_CHECK(chosen || force.empty(), "isa must be one of ", isa_levels(), ", not ", force);
   if (chosen) current = chosen;
   return kernels().isa;
 }
@@ -120,8 +128,12 @@ extern "C" __attribute__((visibility("default"))) void fastdiff_box_muller(
   fastdiff::kernels().box_muller(a, b, z0, z1, n);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) { m.def("isa(str force) -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) {
+  m.def("isa(str force) -> str");
+  m.def("isa_levels() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_native, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&fastdiff::isa));
+  m.impl("isa_levels", TORCH_BOX(&fastdiff::isa_levels));
 }

@@ -7,7 +7,7 @@
 
 namespace fastdiff {
 
-constexpr int kBlock = 512;
+constexpr int kBlock = 1024;
 
 inline int64_t blocks_per_sample(int64_t n) { return (n + kBlock - 1) / kBlock; }
 

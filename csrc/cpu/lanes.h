@@ -44,6 +44,31 @@ FD_HD void store_vector(void* target, V value) {
   memcpy(target, &value, sizeof(V));
 }
 
+// Past the caches; the target must be aligned to the vector. Ordered by fence_streams().
+template <class V>
+FD_HD void stream_vector(void* target, V value) {
+#if defined(FD_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(target), (__m512i)value);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(target), (__m256i)value);
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(target), (__m128i)value);
+#else
+  store_vector(target, value);
+#endif
+}
+inline void fence_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Every lane `value`. Not 0 + value: that would turn -0 into 0.
+template <class V, class T>
+FD_HD V broadcast(T value) {
+  return value - V{};
+}
+
 // Lanes of a float register, and of the arithmetic of float64 tables.
 template <class T>
 constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
@@ -106,10 +131,10 @@ struct Lanes {
 #endif
   }
 
-  // Lane j of a merged register holds counter counter_of(j) of its kCount counters: within 128-bit
-  // groups the counters are kCount / 4 apart, so that interleave() below leaves memory order
-  // without crossing a group.
-  static constexpr int counter_of(int j) { return j % 4 * (kCount / 4) + j / 4; }
+  // Lane j of a merged register holds counter counter_of(j) of its kCount counters: so chosen that
+  // interleave() leaves memory order without moving anything across 128-bit groups.
+  static constexpr int kGroups = kCount / 4;
+  static constexpr int counter_of(int j) { return j % 4 * kGroups + j / 4; }
 
   // z[k] holds element k of every counter; on return z[0], z[1].. are consecutive in memory order.
   static FD_HD void interleave(F (&z)[4]) {
@@ -121,11 +146,21 @@ struct Lanes {
     z[3] = unpack_high_pairs(high01, high23);
   }
 
+  // The same for 16-bit elements, two to a lane: z01 and z23 of every counter to memory order.
+  static constexpr int counter_of_pairs(int j) {
+    return j % 4 / 2 * (2 * kGroups) + j / 4 * 2 + j % 2;
+  }
+  static FD_HD void interleave_pairs(U& z01, U& z23) {
+    const F low = unpack_low((F)z01, (F)z23), high = unpack_high((F)z01, (F)z23);
+    z01 = (U)low;
+    z23 = (U)high;
+  }
+
   static FD_HD I as_int(U value) { return (I)value; }
   static FD_HD F to_float(I value) { return __builtin_convertvector(value, F); }
   static FD_HD U bits(F value) { return (U)value; }
   static FD_HD F from_bits(U value) { return (F)value; }
-  static FD_HD F splat(float value) { return F{} + value; }
+  static FD_HD F splat(float value) { return broadcast<F>(value); }
 
 #if defined(FD_AVX512)
   static FD_HD F sqrt(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
@@ -173,7 +208,7 @@ struct MathLanes<double> {
   using U = Vector<uint64_t, kLanes<double>>;
   static FD_HD U bits(F value) { return (U)value; }
   static FD_HD F from_bits(U value) { return (F)value; }
-  static FD_HD F splat(double value) { return F{} + value; }
+  static FD_HD F splat(double value) { return broadcast<F>(value); }
 };
 
 }  // namespace fastdiff::FASTDIFF_ISA

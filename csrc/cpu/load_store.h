@@ -6,6 +6,37 @@
 
 namespace fastdiff::FASTDIFF_ISA {
 
+// ---- 16-bit integers from and to 32-bit lanes. Intrinsics, because GCC's __builtin_convertvector
+// does these halves at a time.
+
+template <int N>
+FD_HD Vector<uint32_t, N> widen(Vector<uint16_t, N> narrow) {
+#if defined(FD_AVX512)
+  if constexpr (N == 16) return (Vector<uint32_t, 16>)_mm512_cvtepu16_epi32((__m256i)narrow);
+#endif
+  return __builtin_convertvector(narrow, Vector<uint32_t, N>);
+}
+
+// The low halves; the high ones must be zero.
+template <int N>
+FD_HD Vector<uint16_t, N> narrow(Vector<uint32_t, N> wide) {
+#if defined(FD_AVX512)
+  if constexpr (N == 16) return (Vector<uint16_t, 16>)_mm512_cvtepi32_epi16((__m512i)wide);
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8)
+    return (Vector<uint16_t, 8>)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)wide),
+                                                 _mm256_extracti128_si256((__m256i)wide, 1));
+#elif defined(__SSE2__)
+  if constexpr (N == 4) {  // packs saturates, so it is given numbers that it takes for int16
+    const auto sign_extended = (__m128i)((Vector<int32_t, 4>)(wide << 16) >> 16);
+    const __m128i packed = _mm_packs_epi32(sign_extended, sign_extended);
+    return load_vector<Vector<uint16_t, 4>>(&packed);
+  }
+#endif
+  return __builtin_convertvector(wide, Vector<uint16_t, N>);
+}
+
 // ---- float32 lanes, N of them, from and to one storage type; dtype.h is the same for one element.
 
 template <int N>
@@ -21,7 +52,7 @@ FD_HD Vector<float, N> load(const double* p) {
 template <int N>
 FD_HD Vector<float, N> load(const bf16_t* p) {
   const auto bits = load_vector<Vector<uint16_t, N>>(p);
-  return (Vector<float, N>)(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+  return (Vector<float, N>)(widen<N>(bits) << 16);
 }
 
 template <int N>
@@ -37,7 +68,7 @@ FD_HD Vector<float, N> load(const f16_t* p) {
 #else
   using U = Vector<uint32_t, N>;
   using F = Vector<float, N>;
-  const U wide = __builtin_convertvector(bits, U);
+  const U wide = widen<N>(bits);
   const U magnitude = wide & 0x7fffu, sign = (wide & 0x8000u) << 16;
   const U finite = (U)((F)(magnitude << 13) * 0x1p112f);
   const U special = 0x7f800000u | (magnitude & 0x3ffu) << 13;
@@ -55,23 +86,28 @@ FD_HD void store(double* p, Vector<float, N> value) {
   store_vector(p, __builtin_convertvector(value, Vector<double, N>));
 }
 
-// float32 bits whose upper half is the value rounded to bfloat16. Not for NaN: its low bits could
-// carry into infinity.
+// bfloat16 in the upper half of the bits of a float, before the lower half is cut off. The first
+// is for values that are not NaN: a NaN's low bits could carry into infinity.
 template <class U>
-FD_HD U rounded_to_bf16(U bits) {
+FD_HD U round_number_to_bf16(U bits) {
   return bits + 0x7fffu + (bits >> 16 & 1u);
 }
-
 template <int N>
-FD_HD Vector<uint32_t, N> bf16_bits(Vector<float, N> value) {
+FD_HD Vector<uint32_t, N> round_to_bf16(Vector<float, N> value) {
   using U = Vector<uint32_t, N>;
-  const U nan = U{} + 0x7fc0u;
-  return value == value ? rounded_to_bf16((U)value) >> 16 : nan;
+  const U nan = U{} + 0x7fc00000u;
+  return value == value ? round_number_to_bf16((U)value) : nan;
+}
+
+// Upper halves of `even` and `odd` to the lower and upper half of each lane.
+template <class U>
+FD_HD U join_halves(U even, U odd) {
+  return even >> 16 | (odd & 0xffff0000u);
 }
 
 template <int N>
 FD_HD void store(bf16_t* p, Vector<float, N> value) {
-  store_vector(p, __builtin_convertvector(bf16_bits<N>(value), Vector<uint16_t, N>));
+  store_vector(p, narrow<N>(round_to_bf16<N>(value) >> 16));
 }
 
 template <int N>
@@ -97,21 +133,8 @@ FD_HD void store(f16_t* p, Vector<float, N> value) {
   U half = magnitude < 0x38800000u ? denormal : normal;
   half = magnitude >= 0x477ff000u ? infinity : half;
   half = magnitude > 0x7f800000u ? nan : half;
-  store_vector(p, __builtin_convertvector(sign | half, Vector<uint16_t, N>));
+  store_vector(p, narrow<N>(sign | half));
 #endif
-}
-
-// A normal as if it had been stored in S and loaded again. Noise is never NaN.
-template <class S>
-FD_HD Lanes::F round_noise(Lanes::F z) {
-  if constexpr (std::is_same_v<S, bf16_t>)
-    return (Lanes::F)(rounded_to_bf16((Lanes::U)z) & 0xffff0000u);
-  if constexpr (std::is_same_v<S, f16_t>) {
-    f16_t half[Lanes::kCount];
-    store<Lanes::kCount>(half, z);
-    return load<Lanes::kCount>(half);
-  }
-  return z;
 }
 
 // ---- Groups: kUnroll registers of the arithmetic type T, so that there is work in flight.
@@ -137,7 +160,6 @@ FD_HD void load_group(const S* p, Group<T>& group) {
   }
 }
 
-// Stores the group and, when `stored` is asked for, leaves in it what a load would now give.
 template <class T, class S>
 FD_HD void store_group(S* p, const Group<T>& group) {
   constexpr int N = kLanes<T>;
@@ -150,39 +172,55 @@ FD_HD void store_group(S* p, const Group<T>& group) {
   }
 }
 
-// A place in a tensor: an element address and its type, read at run time. The type is the same for
-// millions of elements, so the branches below cost nothing that shows.
+// A place in a tensor: the address of an element and its type, known at run time only. The type is
+// the same for millions of elements, so the branches on it below are predicted.
 struct Place {
   char* data;
   DType dtype;
 };
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// float64 tensors under a float32 table: rare, so kept out of the code of the other types.
+__attribute__((noinline)) inline void floats_of(const double* p, float* floats) {
+  for (int i = 0; i < Group<float>::kSize; ++i) floats[i] = to_f32(p[i]);
+}
+__attribute__((noinline)) inline void doubles_of(const float* floats, double* p) {
+  for (int i = 0; i < Group<float>::kSize; ++i) p[i] = floats[i];
 }
 
 template <class T>
 FD_HD void load_group(const Place& place, int64_t i, Group<T>& group) {
-  if (place.dtype == DType::f32)
+  if (place.dtype == DType::f32) {
     load_group(reinterpret_cast<const float*>(place.data) + i, group);
-  else if (place.dtype == DType::bf16)
+  } else if (place.dtype == DType::bf16) {
     load_group(reinterpret_cast<const bf16_t*>(place.data) + i, group);
-  else if (place.dtype == DType::f16)
+  } else if (place.dtype == DType::f16) {
     load_group(reinterpret_cast<const f16_t*>(place.data) + i, group);
-  else
+  } else if constexpr (std::is_same_v<T, double>) {
     load_group(reinterpret_cast<const double*>(place.data) + i, group);
+  } else {
+    alignas(64) float floats[Group<T>::kSize];
+    floats_of(reinterpret_cast<const double*>(place.data) + i, floats);
+    load_group(floats, group);
+  }
 }
 
 template <class T>
 FD_HD void store_group(const Place& place, int64_t i, const Group<T>& group) {
-  if (place.dtype == DType::f32)
+  if (place.dtype == DType::f32) {
     store_group(reinterpret_cast<float*>(place.data) + i, group);
-  else if (place.dtype == DType::bf16)
+  } else if (place.dtype == DType::bf16) {
     store_group(reinterpret_cast<bf16_t*>(place.data) + i, group);
-  else if (place.dtype == DType::f16)
+  } else if (place.dtype == DType::f16) {
     store_group(reinterpret_cast<f16_t*>(place.data) + i, group);
-  else
+  } else if constexpr (std::is_same_v<T, double>) {
     store_group(reinterpret_cast<double*>(place.data) + i, group);
+  } else {
+    alignas(64) float floats[Group<T>::kSize];
+    store_group(floats, group);
+    doubles_of(floats, reinterpret_cast<double*>(place.data) + i);
+  }
 }
 
 }  // namespace fastdiff::FASTDIFF_ISA

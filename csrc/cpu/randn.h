@@ -20,20 +20,42 @@ struct CounterOffsets {
 };
 
 // Chains 2h and 2h + 1 hold the counters of the even and odd lanes of merged register h.
+template <class S>
 constexpr CounterOffsets counter_offsets() {
   CounterOffsets offsets{};
-  for (int chain = 0; chain < Lanes::kChains; ++chain)
-    for (int lane = 0; lane < Lanes::kCount / 2; ++lane)
-      offsets.of[chain][lane] =
-          chain / 2 * Lanes::kCount + Lanes::counter_of(2 * lane + chain % 2);
+  for (int chain = 0; chain < Lanes::kChains; ++chain) {
+    for (int i = 0; i < Lanes::kCount / 2; ++i) {
+      const int lane = 2 * i + chain % 2;
+      const int counter = std::is_same_v<S, bf16_t> ? Lanes::counter_of_pairs(lane)
+                                                    : Lanes::counter_of(lane);
+      offsets.of[chain][i] = chain / 2 * Lanes::kCount + counter;
+    }
+  }
   return offsets;
 }
 
-// kRun normals of the counters first_block.., rounded to S, to z: stored as S, or as the float that
-// S holds when z is float.
-template <class S, class Z>
-FD_HD void normals_run(const Draw& draw, uint32_t first_block, Z* z) {
-  static constexpr CounterOffsets kOffsets = counter_offsets();
+// The normals of Lanes::kCount counters, element k of each in normals[k], to memory order.
+template <class S>
+FD_HD void store_normals(S* z, Lanes::F (&normals)[4]) {
+  Lanes::interleave(normals);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) store<Lanes::kCount>(z + k * Lanes::kCount, normals[k]);
+}
+
+FD_HD void store_normals(bf16_t* z, Lanes::F (&normals)[4]) {
+  Lanes::U rounded[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) rounded[k] = round_number_to_bf16(Lanes::bits(normals[k]));
+  Lanes::U z01 = join_halves(rounded[0], rounded[1]), z23 = join_halves(rounded[2], rounded[3]);
+  Lanes::interleave_pairs(z01, z23);
+  store_vector(z, z01);
+  store_vector(z + 2 * Lanes::kCount, z23);
+}
+
+// kRun normals of the counters first_block.., rounded to S.
+template <class S>
+FD_HD void normals_run(const Draw& draw, uint32_t first_block, S* z) {
+  static constexpr CounterOffsets kOffsets = counter_offsets<S>();
   Lanes::W words[4] = {Lanes::word(first_block), Lanes::word(draw.key.sample),
                        Lanes::word(draw.step), Lanes::word(draw.stream)};
 #pragma GCC unroll 4
@@ -49,34 +71,30 @@ FD_HD void normals_run(const Draw& draw, uint32_t first_block, Z* z) {
     Lanes::F normals[4];
     box_muller<Lanes>(merged[0], merged[1], normals[0], normals[1]);
     box_muller<Lanes>(merged[2], merged[3], normals[2], normals[3]);
-    Lanes::interleave(normals);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      Z* target = z + (4 * half + k) * Lanes::kCount;
-      if constexpr (std::is_same_v<Z, float>)
-        store<Lanes::kCount>(target, round_noise<S>(normals[k]));
-      else
-        store<Lanes::kCount>(target, normals[k]);
-    }
+    store_normals(z + 4 * half * Lanes::kCount, normals);
   }
 }
 
 // At least `count` normals: whole runs.
-template <class S, class Z>
-__attribute__((noinline)) void fill_normals(const Draw draw, uint32_t first_block, Z* z,
-                                            int count) {
-  for (int i = 0; i < count; i += kRun)
-    normals_run<S>(draw, first_block + static_cast<uint32_t>(i / 4), z + i);
+template <class S>
+__attribute__((noinline)) void fill_normals(const Draw draw, uint32_t first_block, S* z,
+                                            int64_t count) {
+  for (int64_t i = 0; i < count; i += kRun)
+    normals_run(draw, first_block + static_cast<uint32_t>(i / 4), z + i);
 }
 
-// The noise of a fused operation: rounded to `dtype`, as float.
-inline void fill_noise(DType dtype, const Draw& draw, uint32_t first_block, float* z, int count) {
+// The noise of a fused operation, in memory of kBlock floats. float64 noise is the float32 normal
+// widened, so it is left as float32: noise_storage() is how it lies there.
+inline DType noise_storage(DType dtype) { return dtype == DType::f64 ? DType::f32 : dtype; }
+
+inline void fill_noise(DType dtype, const Draw& draw, uint32_t first_block, void* z,
+                       int64_t count) {
   if (dtype == DType::bf16)
-    fill_normals<bf16_t>(draw, first_block, z, count);
+    fill_normals(draw, first_block, static_cast<bf16_t*>(z), count);
   else if (dtype == DType::f16)
-    fill_normals<f16_t>(draw, first_block, z, count);
+    fill_normals(draw, first_block, static_cast<f16_t*>(z), count);
   else
-    fill_normals<float>(draw, first_block, z, count);
+    fill_normals(draw, first_block, static_cast<float*>(z), count);
 }
 
 template <class S>
@@ -90,10 +108,10 @@ void randn_blocks(const RandnParams& p, int64_t first, int64_t last) {
                     static_cast<uint32_t>(p.stream)};
     const uint32_t counter = static_cast<uint32_t>(p.first_block + begin / 4);
     S* out = static_cast<S*>(p.out.data) + b * p.n + begin;
-    fill_normals<S>(draw, counter, out, whole);
+    fill_normals(draw, counter, out, whole);
     if (whole == count) continue;
     S tail[kRun];
-    fill_normals<S>(draw, counter + static_cast<uint32_t>(whole / 4), tail, kRun);
+    fill_normals(draw, counter + static_cast<uint32_t>(whole / 4), tail, kRun);
     memcpy(out + whole, tail, static_cast<size_t>(count - whole) * sizeof(S));
   }
 }

@@ -1,59 +1,53 @@
 // The fused solver step (fastdiff/ops/step.py) over blocks of a sample.
 //
 // A step is data: which columns exist and their coefficients. So a row of the table is compacted,
-// once per sample, into lists of (coefficient, source) without the zeros, and a list is evaluated a
-// group of registers at a time. Sources are read in place where they lie in memory in any type;
-// what has to be made first (noise, the clamp node, the scale of learned variance) is made for one
-// block into the cache.
+// once per sample, into sums of terms without the zeros (sums.h), and these are evaluated block by
+// block. Sources are read in place where they lie in memory; what has to be made first (noise, the
+// clamp node, the scale of learned variance) is made into the cache for one block.
 #pragma once
+
+#include <cmath>
 
 #include "../include/exp.h"
 #include "randn.h"
+#include "sums.h"
 
 namespace fastdiff::FASTDIFF_ISA {
 
-constexpr int kMaxColumns = kMaxStates + 2 + kMaxDraws;  // S, o, c, z
-
-// One addend of a row: a * source; with `base`, guidance first; with `scale`, a * scale * source.
-template <class T>
-struct Term {
-  T coefficient;
-  const Place* source;
-  const Place* base;
-  const T* scale;
-};
-
-template <class T>
-struct Sum {
-  int count;
-  Term<T> terms[kMaxColumns];
-};
-
-// Memory of one thread for one block. The odd sizes keep the arrays out of each other's way in the
-// sets of the first-level cache.
+// Memory of one thread. The odd sizes keep the arrays out of each other's way in the sets of the
+// first-level cache.
 template <class T>
 struct StepScratch {
-  struct alignas(64) Raw {
-    char bytes[kBlock * 8 + 192];
+  struct alignas(64) Tail {
+    char bytes[Group<T>::kSize * 8];
   };
-  Raw input[kMaxColumns + 2], output[kMaxOutputs + 2], staged[kMaxOutputs];
+  Tail tail_in[kMaxColumns + 2], tail_out[kMaxOutputs + 2];
   alignas(64) float noise[kMaxDraws][kBlock + 48];
-  alignas(64) T clamped[kBlock + 16], scale[kBlock + 16];
+  alignas(64) T clamped[kBlock + 16], scale[kBlock + 16], staged[kMaxOutputs][kBlock + 48];
 };
+
+// Outputs from this size on do not stay in a last-level cache.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 template <class T>
 class StepKernel {
  public:
   StepKernel(const StepParams& p, StepScratch<T>& scratch) : p_(p), scratch_(scratch) {
-    for (int k = 0; k < p.states; ++k) sources_[kState + k].whole = &p.state[k];
-    for (int k = 0; k < p.model_outputs; ++k) sources_[kModel + k].whole = &p.model_output[k];
-    if (p.learned) sources_[kVariance].whole = &p.model_output[p.model_outputs - 1];
+    for (int k = 0; k < p.states; ++k) connect(kState + k, p.state[k], p.n, 0);
+    const int64_t model_stride = p.learned ? 2 * p.n : p.n;
+    for (int k = 0; k < p.model_outputs; ++k)
+      connect(kModel + k, p.model_output[k], model_stride, 0);
+    if (p.learned) connect(kVariance, p.model_output[p.model_outputs - 1], model_stride, p.n);
+    sources_[kClamped].here = place(scratch.clamped);
     for (int k = 0; k < p.draws; ++k) {
-      if (!p.seeded) sources_[kNoise + k].whole = &p.noise[k];
-      sources_[kNoise + k].here = {reinterpret_cast<char*>(scratch.noise[k]), DType::f32};
+      if (p.seeded)
+        sources_[kNoise + k].here = {reinterpret_cast<char*>(scratch.noise[k]),
+                                     noise_storage(p.noise_dtype)};
+      else
+        connect(kNoise + k, p.noise[k], p.n, 0);
     }
-    sources_[kClamped].here = {reinterpret_cast<char*>(scratch.clamped), table_dtype()};
-    staged_ = p.outputs > 1 && overwrites_an_input();
+    overwrites_ = overwrites_an_input();
+    staged_ = p.outputs > 1 && overwrites_;
   }
 
   // Everything that depends on the sample but not on the element.
@@ -63,10 +57,10 @@ class StepKernel {
     const int64_t row = p_.rows[b * p_.rows_stride];
     const bool inside = row >= 0 && row < p_.table_rows;
     const int64_t index = inside ? row : 0;
-    T nan_row[kMaxWidth];
     const T* table = static_cast<const T*>(p_.table) + index * p_.table_width;
+    T nan_row[kMaxWidth];
     if (!inside) {
-      for (int64_t k = 0; k < p_.table_width; ++k) nan_row[k] = static_cast<T>(NAN);
+      for (T& entry : nan_row) entry = static_cast<T>(NAN);
       table = nan_row;
     }
     low_ = table[0];
@@ -74,20 +68,22 @@ class StepKernel {
     input_scale_ = table[2];
     log_low_ = table[3];
     log_high_ = table[4];
-    if (p_.guidance_scale)
-      guidance_ = static_cast<T>(p_.guidance_scale[b * p_.guidance_stride]);
+    if (p_.guidance_scale) guidance_ = static_cast<T>(p_.guidance_scale[b * p_.guidance_stride]);
     if (p_.threshold) {
       high_ = static_cast<T>(p_.threshold[b * p_.threshold_stride]);
       low_ = -high_;
       inverse_bound_ = static_cast<T>(1) / high_;
     }
     const T* coefficients = table + kHeader;
-    clamp_.count = 0;
     if (p_.clamp_mask >= 0)
       compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamp_);
     coefficients += p_.states + 1 + p_.draws;
-    for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws)
+    for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws) {
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
+      if constexpr (std::is_same_v<T, float>)
+        uniform_[r] =
+            staged_ ? nullptr : uniform_sum_for(rows_[r], p_.out[r].dtype, streams(r));
+    }
     if (!p_.seeded) return;
     for (int k = 0; k < p_.draws; ++k) {
       const int64_t* draw = p_.draw_table ? p_.draw_table + (index * p_.draws + k) * 2 : nullptr;
@@ -97,31 +93,16 @@ class StepKernel {
     }
   }
 
-  void run_block(int64_t begin) {
-    const int count = static_cast<int>(p_.n - begin < kBlock ? p_.n - begin : kBlock);
-    // A last partial group is computed whole, between copies of what it reads and writes.
-    const bool partial = count % kGroup != 0;
-    const int padded = (count + kGroup - 1) / kGroup * kGroup;
-    for (int k = 0; k < kSources; ++k) enter(k, begin, count, partial ? padded : 0);
-    make_scale(padded);
-    make_clamped(padded);
-    Place targets[kMaxOutputs], inputs[2];
-    for (int r = 0; r < p_.outputs; ++r)
-      targets[r] = partial ? buffer(r, p_.out[r].dtype)
-                           : at(p_.out[r], sample_ * p_.n + begin);
-    const int copies = p_.model_input.data ? p_.model_input_copies : 0;
-    for (int k = 0; k < copies; ++k)
-      inputs[k] = partial ? buffer(kMaxOutputs + k, p_.model_input.dtype)
-                          : at(p_.model_input, (k * p_.batch + sample_) * p_.n + begin);
-    if (staged_)
-      write_staged(targets, inputs, copies, padded);
-    else
-      write(targets, inputs, copies, padded);
-    if (!partial) return;
-    for (int r = 0; r < p_.outputs; ++r)
-      leave(targets[r], p_.out[r], sample_ * p_.n + begin, count);
-    for (int k = 0; k < copies; ++k)
-      leave(inputs[k], p_.model_input, (k * p_.batch + sample_) * p_.n + begin, count);
+  // Elements begin..end-1 of the sample: whole groups in place, and what remains as one group
+  // between copies of what it reads and writes.
+  void run(int64_t begin, int64_t end) {
+    const int64_t stride = one_pass() ? end - begin : kBlock;
+    for (; begin < end; begin += stride) {
+      const int64_t count = end - begin < stride ? end - begin : stride;
+      const int64_t whole = count / kGroup * kGroup;
+      if (whole > 0) run_groups(begin, whole, whole);
+      if (whole < count) run_groups(begin + whole, count - whole, kGroup);
+    }
   }
 
  private:
@@ -133,93 +114,136 @@ class StepKernel {
                        kSources = kNoise + kMaxDraws;
 
   struct Source {
-    const Operand* whole = nullptr;  // null: made per block
-    Place here{};                    // the current block
-    bool used = false;
+    const char* data = nullptr;        // element 0 of sample 0; null: made block by block
+    int64_t size, sample_size, first;  // bytes of an element; elements between samples, before ours
+    Place here{};                      // the current block
+    bool used = false;                 // by this sample
   };
 
-  static constexpr DType table_dtype() {
-    return std::is_same_v<T, double> ? DType::f64 : DType::f32;
+  void connect(int k, const Operand& operand, int64_t sample_size, int64_t first) {
+    Source& source = sources_[k];
+    source.data = static_cast<const char*>(operand.data);
+    source.size = size_of(operand.dtype);
+    source.sample_size = sample_size;
+    source.first = first;
+    source.here.dtype = operand.dtype;
   }
 
-  static Place at(const Operand& operand, int64_t element) {
-    return {static_cast<char*>(operand.data) + element * size_of(operand.dtype), operand.dtype};
-  }
-
-  Place buffer(int k, DType dtype) { return {scratch_.output[k].bytes, dtype}; }
-
-  static void leave(const Place& from, const Operand& operand, int64_t element, int count) {
-    memcpy(at(operand, element).data, from.data, count * size_of(operand.dtype));
+  static Place place(float* data) { return {reinterpret_cast<char*>(data), DType::f32}; }
+  static Place place(double* data) { return {reinterpret_cast<char*>(data), DType::f64}; }
+  static char* at(const Operand& operand, int64_t element) {
+    return static_cast<char*>(operand.data) + element * size_of(operand.dtype);
   }
 
   // Whether rows cannot be stored one after another because a later one reads what is overwritten.
   bool overwrites_an_input() const {
-    const auto reads = [this](const void* data) {
+    const auto is_read = [this](const void* data) {
       for (const Source& source : sources_)
-        if (source.whole && source.whole->data == data) return true;
+        if (source.data && source.data == data) return true;
       return false;
     };
     for (int r = 0; r < p_.outputs; ++r)
-      if (reads(p_.out[r].data)) return true;
-    return p_.model_input.data && reads(p_.model_input.data);
+      if (is_read(p_.out[r].data)) return true;
+    return is_read(p_.model_input.data);
+  }
+
+  // Whether output r goes past the caches: it would not fit, nothing reads it again here, and its
+  // lines have not been loaded as an input. Called after compact().
+  bool streams(int r) const {
+    const int64_t size = size_of(p_.out[r].dtype);
+    return p_.batch * p_.n * size >= kStreamBytes && one_pass() && !overwrites_ &&
+           reinterpret_cast<uintptr_t>(p_.out[r].data) % kRegisterBytes == 0 &&
+           p_.n * size % kRegisterBytes == 0;
   }
 
   void compact(int32_t mask, bool with_clamped, const T* coefficients, Sum<T>& sum) {
     sum.count = 0;
     const bool guided = p_.model_outputs == 2;
-    const int columns = p_.states + 1 + with_clamped + p_.draws;
-    for (int column = 0; column < columns; ++column) {
+    const int first_draw = p_.states + 1 + with_clamped;
+    for (int column = 0; column < first_draw + p_.draws; ++column) {
       const T a = coefficients[column];
       if (!(mask >> column & 1) || a == 0) continue;
-      int source = kState + column;
-      const Place* base = nullptr;
-      const T* scale = nullptr;
-      if (column == p_.states) {
-        source = kModel + guided;
-        if (guided) base = &use(kModel);
-      } else if (column == p_.states + 1 && with_clamped) {
-        source = kClamped;
-      } else if (column > p_.states) {
-        source = kNoise + column - (p_.states + 1 + with_clamped);
+      Term<T>& term = sum.terms[sum.count++];
+      term = {a, nullptr, nullptr, nullptr};
+      if (column < p_.states) {
+        term.source = use(kState + column);
+      } else if (column == p_.states) {
+        term.source = use(kModel + guided);
+        if (guided) term.base = use(kModel);
+      } else if (column < first_draw) {
+        term.source = use(kClamped);
+      } else {
+        term.source = use(kNoise + column - first_draw);
         if (p_.learned) {
           use(kVariance);
-          scale = scratch_.scale;
+          term.scale = scratch_.scale;
         }
       }
-      sum.terms[sum.count++] = {a, &use(source), base, scale};
     }
   }
 
-  const Place& use(int k) {
+  const Place* use(int k) {
     sources_[k].used = true;
-    return sources_[k].here;
+    return &sources_[k].here;
+  }
+
+  // Whether every element is read and written once, so that blocks would gain nothing.
+  bool one_pass() const {
+    bool makes = sources_[kClamped].used || sources_[kVariance].used;
+    for (int k = 0; k < p_.draws; ++k) makes |= p_.seeded && sources_[kNoise + k].used;
+    return !makes && p_.outputs == 1 && !p_.model_input.data;
+  }
+
+  // `count` elements, calculated as `padded`, which is whole groups.
+  void run_groups(int64_t begin, int64_t count, int64_t padded) {
+    const bool tail = count != padded;
+    for (int k = 0; k < kSources; ++k)
+      if (sources_[k].used) enter(k, begin, count, tail);
+    if (sources_[kVariance].used) make_scale(padded);
+    if (sources_[kClamped].used) make_clamped(padded);
+    const int copies = p_.model_input.data ? p_.model_input_copies : 0;
+    const int64_t element = sample_ * p_.n + begin;
+    Place targets[kMaxOutputs], inputs[2];
+    for (int r = 0; r < p_.outputs; ++r)
+      targets[r] = {tail ? scratch_.tail_out[r].bytes : at(p_.out[r], element), p_.out[r].dtype};
+    for (int k = 0; k < copies; ++k)
+      inputs[k] = {tail ? scratch_.tail_out[kMaxOutputs + k].bytes
+                        : at(p_.model_input, k * p_.batch * p_.n + element),
+                   p_.model_input.dtype};
+    write(targets, inputs, copies, padded);
+    if (!tail) return;
+    for (int r = 0; r < p_.outputs; ++r)
+      memcpy(at(p_.out[r], element), targets[r].data, bytes(count, p_.out[r].dtype));
+    for (int k = 0; k < copies; ++k)
+      memcpy(at(p_.model_input, k * p_.batch * p_.n + element), inputs[k].data,
+             bytes(count, p_.model_input.dtype));
+  }
+
+  static size_t bytes(int64_t count, DType dtype) {
+    return static_cast<size_t>(count * size_of(dtype));
   }
 
   // Points source k at elements begin.. of the sample, or makes it.
-  void enter(int k, int64_t begin, int count, int padded) {
+  void enter(int k, int64_t begin, int64_t count, bool tail) {
     Source& source = sources_[k];
-    if (!source.used) return;
-    if (!source.whole) {
-      if (k >= kNoise)
-        fill_noise(p_.noise_dtype, draws_[k - kNoise], static_cast<uint32_t>(begin / 4),
-                   scratch_.noise[k - kNoise], count);
-      return;
+    if (source.data) {
+      const int64_t element = sample_ * source.sample_size + source.first + begin;
+      source.here.data = const_cast<char*>(source.data) + element * source.size;
+      if (!tail) return;
+      char* copy = scratch_.tail_in[k].bytes;
+      const size_t used = bytes(count, source.here.dtype);
+      memcpy(copy, source.here.data, used);
+      memset(copy + used, 0, bytes(kGroup, source.here.dtype) - used);
+      source.here.data = copy;
+    } else if (k >= kNoise) {
+      fill_noise(p_.noise_dtype, draws_[k - kNoise], static_cast<uint32_t>(begin / 4),
+                 scratch_.noise[k - kNoise], tail ? kGroup : count);
     }
-    const bool is_model = k >= kModel && k <= kVariance;
-    const int64_t stride = p_.learned && is_model ? 2 * p_.n : p_.n;
-    source.here = at(*source.whole, sample_ * stride + (k == kVariance ? p_.n : 0) + begin);
-    if (padded == 0) return;
-    const int64_t size = size_of(source.whole->dtype);
-    char* copy = scratch_.input[k].bytes;
-    memcpy(copy, source.here.data, count * size);
-    memset(copy + count * size, 0, (padded - count) * size);
-    source.here.data = copy;
   }
 
-  void make_scale(int padded) {
-    if (!sources_[kVariance].used) return;
+  void make_scale(int64_t padded) {
     using V = typename Group<T>::V;
-    for (int i = 0; i < padded; i += kGroup) {
+    for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> v;
       load_group(sources_[kVariance].here, i, v);
 #pragma GCC unroll 8
@@ -231,105 +255,75 @@ class StepKernel {
         else
           v.v[u] = exp_f32<MathLanes<T>>(exponent);
       }
-      load_store_scratch(scratch_.scale + i, v);
+      store_group(scratch_.scale + i, v);
     }
   }
 
-  void make_clamped(int padded) {
-    if (!sources_[kClamped].used) return;
+  void make_clamped(int64_t padded) {
     using V = typename Group<T>::V;
-    const V low = V{} + low_, high = V{} + high_;
-    for (int i = 0; i < padded; i += kGroup) {
+    const V low = broadcast<V>(low_), high = broadcast<V>(high_);
+    for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> c;
-      evaluate(clamp_, i, c);
+      evaluate(clamp_, guidance_, i, c);
 #pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) {
         const V at_most = c.v[u] > high ? high : c.v[u];  // NaN passes both
         c.v[u] = c.v[u] < low ? low : at_most;
         if (p_.threshold) c.v[u] = c.v[u] * inverse_bound_;
       }
-      load_store_scratch(scratch_.clamped + i, c);
+      store_group(scratch_.clamped + i, c);
     }
   }
 
-  static FD_HD void load_store_scratch(T* target, const Group<T>& group) {
-    store_group(target, group);
+  void write(const Place* targets, const Place* inputs, int copies, int64_t padded) {
+    if (staged_) {  // every row of the block before any of it is stored
+      for (int r = 0; r < p_.outputs; ++r)
+        write_row(r, place(scratch_.staged[r]), padded);
+      for (int r = 0; r < p_.outputs; ++r) {
+        for (int64_t i = 0; i < padded; i += kGroup) {
+          Group<T> value;
+          load_group(scratch_.staged[r] + i, value);
+          store_group(targets[r], i, value);
+        }
+      }
+      if (copies > 0) write_inputs(targets[0], inputs, copies, padded);
+      return;
+    }
+    for (int r = 0; r < p_.outputs; ++r) {
+      write_row(r, targets[r], padded);
+      if (r == 0 && copies > 0) write_inputs(targets[0], inputs, copies, padded);
+    }
   }
 
-  // The sum of the terms for one group, multiplies and adds rounded separately, in column order.
-  FD_HD void evaluate(const Sum<T>& sum, int i, Group<T>& result) const {
-    using V = typename Group<T>::V;
-    Group<T> acc;
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) acc.v[u] = V{} + static_cast<T>(-0.0);
-    for (int k = 0; k < sum.count; ++k) {
-      const Term<T>& term = sum.terms[k];
+  void write_row(int r, const Place& target, int64_t padded) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (uniform_[r]) return uniform_[r](rows_[r], guidance_, padded, target.data);
+    for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> value;
-      load_group(*term.source, i, value);
-      if (term.base) {
-        Group<T> base;
-        load_group(*term.base, i, base);
-#pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u)
-          value.v[u] = base.v[u] + guidance_ * (value.v[u] - base.v[u]);
-      }
-      if (term.scale) {
-#pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u)
-          value.v[u] *= term.coefficient * load_vector<V>(term.scale + i + u * kLanes<T>);
-      } else {
-#pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u) value.v[u] *= term.coefficient;
-      }
-#pragma GCC unroll 8
-      for (int u = 0; u < kUnroll; ++u) acc.v[u] += value.v[u];
+      evaluate(rows_[r], guidance_, i, value);
+      store_group(target, i, value);
     }
-    result = acc;
   }
 
   // The next model input, from out[0] as it was stored.
-  FD_HD void write_inputs(const Place& stored, const Place* inputs, int copies, int i,
-                          Group<T>& value) const {
-    if (copies == 0) return;
-    load_group(stored, i, value);
+  void write_inputs(const Place& stored, const Place* inputs, int copies, int64_t padded) const {
+    for (int64_t i = 0; i < padded; i += kGroup) {
+      Group<T> value;
+      load_group(stored, i, value);
 #pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) value.v[u] *= input_scale_;
-    for (int k = 0; k < copies; ++k) store_group(inputs[k], i, value);
-  }
-
-  void write(const Place* targets, const Place* inputs, int copies, int padded) const {
-    for (int r = 0; r < p_.outputs; ++r) {
-      for (int i = 0; i < padded; i += kGroup) {
-        Group<T> value;
-        evaluate(rows_[r], i, value);
-        store_group(targets[r], i, value);
-        if (r == 0) write_inputs(targets[0], inputs, copies, i, value);
-      }
-    }
-  }
-
-  // Every row of the block before any of it is stored.
-  void write_staged(const Place* targets, const Place* inputs, int copies, int padded) {
-    Place staged[kMaxOutputs];
-    for (int r = 0; r < p_.outputs; ++r) staged[r] = {scratch_.staged[r].bytes, table_dtype()};
-    write(staged, nullptr, 0, padded);
-    for (int r = 0; r < p_.outputs; ++r) {
-      for (int i = 0; i < padded; i += kGroup) {
-        Group<T> value;
-        load_group(staged[r], i, value);
-        store_group(targets[r], i, value);
-        if (r == 0) write_inputs(targets[0], inputs, copies, i, value);
-      }
+      for (int u = 0; u < kUnroll; ++u) value.v[u] *= input_scale_;
+      for (int k = 0; k < copies; ++k) store_group(inputs[k], i, value);
     }
   }
 
   const StepParams& p_;
   StepScratch<T>& scratch_;
   Source sources_[kSources];
-  bool staged_;
+  bool overwrites_, staged_;
   int64_t sample_ = -1;
   T low_, high_, input_scale_, log_low_, log_high_, guidance_ = 0, inverse_bound_ = 0;
   Sum<T> clamp_, rows_[kMaxOutputs];
+  UniformSum uniform_[kMaxOutputs];
   Draw draws_[kMaxDraws];
 };
 
@@ -338,15 +332,15 @@ __attribute__((noinline)) void step_blocks(const StepParams& p, int64_t first, i
   StepScratch<T> scratch;  // not initialized: a block writes what it reads
   StepKernel<T> kernel(p, scratch);
   const int64_t per_sample = blocks_per_sample(p.n);
-  int64_t b = first / per_sample, within = first % per_sample;
-  for (int64_t block = first; block < last; ++block) {
-    if (block == first || within == 0) kernel.begin_sample(b);
-    kernel.run_block(within * kBlock);
-    if (++within == per_sample) {
-      within = 0;
-      ++b;
-    }
+  while (first < last) {
+    const int64_t b = first / per_sample, within = first % per_sample;
+    const int64_t count = per_sample - within < last - first ? per_sample - within : last - first;
+    const int64_t end = (within + count) * kBlock;
+    kernel.begin_sample(b);
+    kernel.run(within * kBlock, end < p.n ? end : p.n);
+    first += count;
   }
+  fence_streams();
 }
 
 inline void step(const StepParams& p, int64_t first, int64_t last) {

@@ -62,6 +62,7 @@ template <class Kernel, class... Args>
 inline void fd_launch_on_host(Kernel kernel, dim3 grid, dim3 block, const Args&... args) {
   gridDim = grid;
   blockDim = block;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
       for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)

@@ -1,7 +1,10 @@
 // The launchers of csrc/include/params.h for CUDA: which kernel, on what grid. Nothing here
 // allocates, synchronizes or reads the device, so every launch can be captured in a CUDA graph.
+#include <type_traits>
+
 #include "chain.cuh"
 #include "launch.cuh"
+#include "plain.cuh"
 #include "randn.cuh"
 #include "step.cuh"
 
@@ -51,49 +54,50 @@ StepParams flattened(StepParams p) {
   return p;
 }
 
-template <class Shape>
+template <int kOutputs>
 int start_step(const StepParams& p, bool aligned, void* stream) {
-  const Grid grid = make_grid(p.batch, p.n, Shape::L::kWidth);
-  FD_LAUNCH(step_kernel<Shape>, grid, stream, p, aligned);
+  const Grid grid = make_grid(p.batch, p.n, StepLayout<kOutputs>::kWidth);
+  FD_LAUNCH(step_kernel<kOutputs>, grid, stream, p, aligned);
+  return cudaGetLastError();
+}
+
+template <class P>
+int start_plain(const StepParams& p, void* stream) {
+  const Grid grid = make_grid(p.batch, p.n, P::L::kWidth);
+  FD_LAUNCH(plain_kernel<P>, grid, stream, p);
   return cudaGetLastError();
 }
 
 template <class State, class Model, bool kModel, bool kClamp>
-int start_plain_noise(const StepParams& p, bool aligned, void* stream) {
-  if constexpr (!kModel || !kClamp || true) {
+int start_plain_noise(const StepParams& p, void* stream) {
+  if constexpr (kModel) {
     if (p.draws == 0) {
-      return start_step<PlainStep<State, Model, kModel, kClamp, false, false>>(p, aligned, stream);
+      return start_plain<Plain<State, Model, kModel, kClamp, false, false>>(p, stream);
     }
   }
-  if (p.fast) {
-    return start_step<PlainStep<State, Model, kModel, kClamp, true, true>>(p, aligned, stream);
-  }
-  return start_step<PlainStep<State, Model, kModel, kClamp, true, false>>(p, aligned, stream);
+  return p.fast ? start_plain<Plain<State, Model, kModel, kClamp, true, true>>(p, stream)
+                : start_plain<Plain<State, Model, kModel, kClamp, true, false>>(p, stream);
 }
 
 template <class State, class Model>
-int start_plain(const StepParams& p, bool aligned, void* stream) {
-  if (p.model_outputs == 0) {
-    return start_plain_noise<State, Model, false, false>(p, aligned, stream);
+int start_plain_typed(const StepParams& p, void* stream) {
+  if constexpr (std::is_same<State, Model>::value) {
+    if (p.model_outputs == 0) return start_plain_noise<State, Model, false, false>(p, stream);
   }
-  if (p.clamp_mask < 0) {
-    return start_plain_noise<State, Model, true, false>(p, aligned, stream);
-  }
-  return start_plain_noise<State, Model, true, true>(p, aligned, stream);
+  return p.clamp_mask < 0 ? start_plain_noise<State, Model, true, false>(p, stream)
+                          : start_plain_noise<State, Model, true, true>(p, stream);
 }
 
-// Whether a PlainStep covers the step: the structure of q_sample, DDPM, DDIM and Euler.
+// Whether plain.cuh covers the structure of the step.
 bool is_plain(const StepParams& p) {
-  if (p.states != 1 || p.outputs != 1 || p.learned || p.threshold) return false;
-  if (p.draws > 1 || (p.draws == 1 && (!p.seeded || p.noise_dtype != p.state[0].dtype))) {
-    return false;
-  }
-  if (p.state[0].dtype != p.out[0].dtype) return false;
-  if (p.model_outputs == 2 && p.model_output[0].dtype != p.model_output[1].dtype) return false;
-  const bool model = p.model_outputs > 0, clamp = p.clamp_mask >= 0;
-  if (clamp && (!model || p.clamp_mask != 3)) return false;
-  const int mask = 1 | (model && !clamp) << 1 | clamp << 2 | (p.draws == 1) << 3;
-  return p.output_mask[0] == mask;
+  const bool model = p.model_outputs > 0, clamp = p.clamp_mask >= 0, noise = p.draws == 1;
+  if (p.states != 1 || p.outputs != 1 || p.draws > 1 || p.learned || p.threshold) return false;
+  if (clamp ? p.clamp_mask != 3 || !model : !model && !noise) return false;
+  if (p.output_mask[0] != (1 | (model && !clamp) << 1 | clamp << 2 | noise << 3)) return false;
+  const DType state = p.state[0].dtype, other = model ? p.model_output[0].dtype : state;
+  return p.out[0].dtype == state && (!noise || (p.seeded && p.noise_dtype == state)) &&
+         (p.model_outputs < 2 || p.model_output[1].dtype == other) &&
+         (!p.model_input.data || p.model_input.dtype == other);
 }
 
 }  // namespace
@@ -108,23 +112,23 @@ int launch_step(const StepParams& params, void* stream) {
     const bool single = p.batch == 1 && !p.learned && &operand != &p.model_input;
     return !is_aligned(operand, p.n, single);
   });
-  if (is_plain(p)) {
+  if (aligned && p.n % 8 == 0 && is_plain(p)) {
     const DType state = p.state[0].dtype;
     const DType model = p.model_outputs > 0 ? p.model_output[0].dtype : state;
     if (state == DType::f32 && model == DType::f32) {
-      return start_plain<float, float>(p, aligned, stream);
+      return start_plain_typed<float, float>(p, stream);
     }
     if (state == DType::bf16 && model == DType::bf16) {
-      return start_plain<bf16_t, bf16_t>(p, aligned, stream);
+      return start_plain_typed<bf16_t, bf16_t>(p, stream);
     }
     if (state == DType::f32 && model == DType::bf16) {
-      return start_plain<float, bf16_t>(p, aligned, stream);
+      return start_plain_typed<float, bf16_t>(p, stream);
     }
   }
-  if (p.outputs <= 1) return start_step<AnyStep<1>>(p, aligned, stream);
-  if (p.outputs <= 2) return start_step<AnyStep<2>>(p, aligned, stream);
-  if (p.outputs <= 4) return start_step<AnyStep<4>>(p, aligned, stream);
-  return start_step<AnyStep<8>>(p, aligned, stream);
+  if (p.outputs <= 1) return start_step<1>(p, aligned, stream);
+  if (p.outputs <= 2) return start_step<2>(p, aligned, stream);
+  if (p.outputs <= 4) return start_step<4>(p, aligned, stream);
+  return start_step<8>(p, aligned, stream);
 }
 
 int launch_randn(const RandnParams& p, void* stream) {

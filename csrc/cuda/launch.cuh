@@ -44,24 +44,52 @@ constexpr int kResidentBlocks = policy_of(__CUDA_ARCH__ / 10).resident_blocks;
 #else
 constexpr int kResidentBlocks = kUnknown.resident_blocks;
 #endif
+// Steps of any structure keep more sums at once: 64 registers, and each thread has more in flight.
+constexpr int kResidentBlocksGeneral = 4;
 
-// ---- the index space: x runs over the elements of a sample, y over samples; a warp never holds
-// two samples, so everything that is per sample is uniform in it.
+// ---- the index space: x runs over the elements of a sample, y and z over samples; a warp never
+// holds two samples, so everything that is per sample is uniform in it.
 
-__device__ __forceinline__ int64_t first_sample() {
-  return static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+__device__ __forceinline__ uint32_t sample_index() {
+  return (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
 }
-__device__ __forceinline__ int64_t sample_stride() {
-  return static_cast<int64_t>(gridDim.y) * blockDim.y;
+
+// Calls action(block, last) for the first Philox block of every chunk of this thread. Blocks are
+// counted in 32 bits: a sample's 2^34 elements are 2^32 of them.
+template <class L, class Action>
+__device__ __forceinline__ void for_each_block(int64_t n, Action action) {
+  const uint32_t last = static_cast<uint32_t>((n - 1) / 4);
+  const uint32_t stride = gridDim.x * (blockDim.x * L::kGroups);
+  uint32_t block = blockIdx.x * (blockDim.x * L::kGroups) + L::first(threadIdx.x);
+  while (block <= last) {
+    action(block, last);
+    const uint32_t next = block + stride;
+    if (next < block) return;
+    block = next;
+  }
 }
-template <class L>
-__device__ __forceinline__ int64_t first_element() {
-  return static_cast<int64_t>(blockIdx.x) * (blockDim.x * L::kWidth) + L::first(threadIdx.x);
+
+// Calls action(layout, chunk) for every chunk of this thread in a sample of n elements: L where the
+// chunk is whole and aligned, else a group of four at a time, which keeps the code for ends, odd
+// sizes and misaligned memory small.
+template <class L, class Action>
+__device__ __forceinline__ void for_each_chunk(int64_t n, bool aligned, Action action) {
+  for_each_block<L>(n, [&](uint32_t block, uint32_t) {
+    const int64_t left = n - static_cast<int64_t>(block) * 4;
+    if (aligned && left >= L::kReach) {
+      action(L(), Chunk{block, left, true});
+      return;
+    }
+    FD_NO_UNROLL
+    for (int g = 0; g < L::kGroups; ++g) {
+      const int64_t rest = left - 4 * g * L::kStride;
+      if (rest <= 0) return;
+      action(Layout<4, false>(), Chunk{block + g * L::kStride, rest, aligned && rest >= 4});
+    }
+  });
 }
-template <class L>
-__device__ __forceinline__ int64_t element_stride() {
-  return static_cast<int64_t>(gridDim.x) * (blockDim.x * L::kWidth);
-}
+
+constexpr int64_t kMaxRows = 65535;  // of blocks, in y and in z
 
 struct Grid {
   dim3 blocks, threads;
@@ -97,11 +125,12 @@ inline Grid make_grid(int64_t batch, int64_t n, int width) {
   const int64_t tiles = ceil_div(n, static_cast<int64_t>(across) * width);
   const int64_t rows = ceil_div(batch, samples);
   const int64_t resident = static_cast<int64_t>(multiprocessors) * policy.resident_blocks;
-  int64_t loops = tiles * (rows < 65535 ? rows : 65535) / resident;
+  const int64_t rows_y = rows < kMaxRows ? rows : kMaxRows;
+  int64_t loops = tiles * rows / resident;
   loops = loops < 1 ? 1 : (loops > policy.tiles_per_thread ? policy.tiles_per_thread : loops);
   Grid grid;
-  grid.blocks = dim3(static_cast<unsigned>(ceil_div(tiles, loops)),
-                     static_cast<unsigned>(rows < 65535 ? rows : 65535));
+  grid.blocks = dim3(static_cast<unsigned>(ceil_div(tiles, loops)), static_cast<unsigned>(rows_y),
+                     static_cast<unsigned>(ceil_div(rows, rows_y)));
   grid.threads = dim3(across, samples);
   return grid;
 }

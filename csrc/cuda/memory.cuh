@@ -10,28 +10,39 @@ namespace fastdiff {
 constexpr int kWarp = 32;
 constexpr float kNegativeZero = -0.0f;  // the identity of addition: -0.0 + x is x for every x
 
-// Where the elements of a thread lie. Contiguous: kWidth neighbours, 128 bits of a 16-bit type.
-// Split (float32 only): groups of four neighbours one warp-row apart, so that each 128-bit
-// instruction of a warp covers 512 contiguous bytes. Both tile the same kWarp * kWidth elements,
-// and both start at a multiple of four: a group is one Philox block.
+// The same value, of which the compiler knows nothing: what is computed from it stays where it is
+// used, instead of moving out of the loop and into registers.
+__device__ __forceinline__ uint32_t hidden(uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Where the elements of a thread lie, in Philox blocks of four neighbours. Side by side: 8 elements
+// are 128 bits of a 16-bit type. Split (float32): the second four lie one warp-row further, so that
+// each 128-bit instruction of a warp covers 512 contiguous bytes.
 template <int kWidth_, bool kSplit_>
 struct Layout {
   static constexpr int kWidth = kWidth_;
   static constexpr int kGroups = kWidth / 4;
-  static constexpr int kGroupStride = kSplit_ ? 4 * kWarp : 4;
-  static constexpr int kReach = (kGroups - 1) * kGroupStride + 4;  // first to last element + 1
+  static constexpr int kStride = kSplit_ ? kWarp : 1;             // blocks from group to group
+  static constexpr int kReach = (kGroups - 1) * kStride * 4 + 4;  // first to last element + 1
 
-  static __device__ __forceinline__ int first(int thread) {
-    if (!kSplit_) return thread * kWidth;
-    return thread / kWarp * (kWarp * kWidth) + thread % kWarp * 4;
+  static __device__ __forceinline__ uint32_t first(uint32_t thread) {
+    if (!kSplit_) return thread * kGroups;
+    return thread / kWarp * (kWarp * kGroups) + thread % kWarp;
   }
 };
 
-// The chunk that a thread works on: element `first` of its sample, and whether all of it exists
-// and may be accessed 128 bits at a time.
+// The chunk that a thread works on: its first block, and how many elements exist from there on.
+// Whole: they may be accessed 128 bits at a time.
 struct Chunk {
-  int64_t first, n;
+  uint32_t block;
+  int64_t left;
   bool whole;
+
+  __device__ __forceinline__ int64_t first() const { return static_cast<int64_t>(block) * 4; }
 };
 
 template <class T>
@@ -95,91 +106,106 @@ __device__ __forceinline__ uint32_t pack<f16_t>(float low, float high) {
 // Four values as if stored in T and read back.
 template <class T>
 __device__ __forceinline__ void round_group(float* v) {
-  if (sizeof(T) == 4) return;
   FD_UNROLL
   for (int k = 0; k < 4; k += 2) unpack<T>(pack<T>(v[k], v[k + 1]), v[k], v[k + 1]);
 }
 template <>
 __device__ __forceinline__ void round_group<float>(float*) {}
 
-// ---- whole groups, 128 or 64 bits an instruction
-
-template <class L>
-__device__ __forceinline__ void load_whole(const float* p, float (&v)[L::kWidth]) {
-  FD_UNROLL
-  for (int g = 0; g < L::kGroups; ++g) {
-    const float4 four = *reinterpret_cast<const float4*>(p + g * L::kGroupStride);
-    v[4 * g] = four.x, v[4 * g + 1] = four.y, v[4 * g + 2] = four.z, v[4 * g + 3] = four.w;
-  }
+__device__ __forceinline__ void round_group(DType dtype, float* v) {
+  if (dtype == DType::bf16) round_group<bf16_t>(v);
+  if (dtype == DType::f16) round_group<f16_t>(v);
 }
+
+// ---- whole groups, 128 or 64 bits an instruction
 
 template <class L, class T>
 __device__ __forceinline__ void load_whole(const T* p, float (&v)[L::kWidth]) {
-  if constexpr (L::kReach == 8) {
+  if constexpr (sizeof(T) == 2 && L::kReach == 8) {
     const uint4 words = *reinterpret_cast<const uint4*>(p);
     unpack<T>(words.x, v[0], v[1]);
     unpack<T>(words.y, v[2], v[3]);
     unpack<T>(words.z, v[4], v[5]);
     unpack<T>(words.w, v[6], v[7]);
-  } else {
-    FD_UNROLL
-    for (int g = 0; g < L::kGroups; ++g) {
-      const uint2 words = *reinterpret_cast<const uint2*>(p + g * L::kGroupStride);
-      unpack<T>(words.x, v[4 * g], v[4 * g + 1]);
-      unpack<T>(words.y, v[4 * g + 2], v[4 * g + 3]);
-    }
+    return;
   }
-}
-
-template <class L>
-__device__ __forceinline__ void store_whole(float* p, const float (&v)[L::kWidth]) {
   FD_UNROLL
   for (int g = 0; g < L::kGroups; ++g) {
-    *reinterpret_cast<float4*>(p + g * L::kGroupStride) =
-        float4{v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]};
+    if constexpr (sizeof(T) == 2) {
+      const uint2 words = *reinterpret_cast<const uint2*>(p + 4 * g * L::kStride);
+      unpack<T>(words.x, v[4 * g], v[4 * g + 1]);
+      unpack<T>(words.y, v[4 * g + 2], v[4 * g + 3]);
+    } else {
+      const float4 four = *reinterpret_cast<const float4*>(p + 4 * g * L::kStride);
+      v[4 * g] = four.x, v[4 * g + 1] = four.y, v[4 * g + 2] = four.z, v[4 * g + 3] = four.w;
+    }
   }
 }
 
 template <class L, class T>
 __device__ __forceinline__ void store_whole(T* p, const float (&v)[L::kWidth]) {
-  if constexpr (L::kReach == 8) {
+  if constexpr (sizeof(T) == 2 && L::kReach == 8) {
     *reinterpret_cast<uint4*>(p) = uint4{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]),
                                          pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
-  } else {
-    FD_UNROLL
-    for (int g = 0; g < L::kGroups; ++g) {
-      *reinterpret_cast<uint2*>(p + g * L::kGroupStride) =
+    return;
+  }
+  FD_UNROLL
+  for (int g = 0; g < L::kGroups; ++g) {
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint2*>(p + 4 * g * L::kStride) =
           uint2{pack<T>(v[4 * g], v[4 * g + 1]), pack<T>(v[4 * g + 2], v[4 * g + 3])};
+    } else {
+      *reinterpret_cast<float4*>(p + 4 * g * L::kStride) =
+          float4{v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]};
     }
   }
 }
 
-// ---- chunks. `base` is element 0 of the sample.
+// ---- chunks. `base` is element 0 of the sample. Only neighbours can be fewer than a whole chunk.
 
 template <class L, class T>
 __device__ __forceinline__ void load(const T* base, const Chunk& chunk, float (&v)[L::kWidth]) {
+  base += chunk.first();
   if (chunk.whole) {
-    load_whole<L>(base + chunk.first, v);
+    load_whole<L>(base, v);
     return;
   }
-  FD_UNROLL
-  for (int k = 0; k < L::kWidth; ++k) {
-    const int64_t element = chunk.first + k / 4 * L::kGroupStride + k % 4;
-    v[k] = element < chunk.n ? to_f32(base[element]) : 0.0f;
+  if constexpr (L::kReach == L::kWidth) {
+    FD_UNROLL
+    for (int k = 0; k < L::kWidth; ++k) v[k] = k < chunk.left ? to_f32(base[k]) : 0.0f;
   }
 }
 
 template <class L, class T>
 __device__ __forceinline__ void store(T* base, const Chunk& chunk, const float (&v)[L::kWidth]) {
+  base += chunk.first();
   if (chunk.whole) {
-    store_whole<L>(base + chunk.first, v);
+    store_whole<L>(base, v);
     return;
   }
-  FD_UNROLL
-  for (int k = 0; k < L::kWidth; ++k) {
-    const int64_t element = chunk.first + k / 4 * L::kGroupStride + k % 4;
-    if (element < chunk.n) narrow(v[k], base[element]);
+  if constexpr (L::kReach == L::kWidth) {
+    FD_UNROLL
+    for (int k = 0; k < L::kWidth; ++k) {
+      if (k < chunk.left) narrow(v[k], base[k]);
+    }
   }
+}
+
+// The same for an operand whose type is known at run time; `offset` is that of the sample.
+template <class L>
+__device__ __forceinline__ void load_operand(const Operand& operand, int64_t offset,
+                                             const Chunk& chunk, float (&v)[L::kWidth]) {
+  with_type(operand.dtype, [&](auto type) {
+    load<L>(static_cast<const typename decltype(type)::Type*>(operand.data) + offset, chunk, v);
+  });
+}
+
+template <class L>
+__device__ __forceinline__ void store_operand(const Operand& operand, int64_t offset,
+                                              const Chunk& chunk, const float (&v)[L::kWidth]) {
+  with_type(operand.dtype, [&](auto type) {
+    store<L>(static_cast<typename decltype(type)::Type*>(operand.data) + offset, chunk, v);
+  });
 }
 
 }  // namespace fastdiff

@@ -7,14 +7,33 @@
 
 namespace fastdiff {
 
-// Everything of the counter but the block.
+// Where the noise of one sample comes from: everything of key and counter but the block.
 struct Draw {
-  uint32_t seed_low, seed_high, sample, step, stream;
+  int64_t seed, sample_offset, step, stream;  // by value, for a whole launch
+  const int64_t* keys;                        // (seed, sample) of every sample, or null
+  const int64_t* entry;                       // (step, stream) of this draw, or null
+  uint32_t b;
 };
 
-__device__ __forceinline__ Draw make_draw(const NoiseKey& key, int64_t step, int64_t stream) {
-  return {key.seed_low, key.seed_high, key.sample, static_cast<uint32_t>(step),
-          static_cast<uint32_t>(stream)};
+// The words of one block. What came by value is the same for every thread: the compiler keeps the
+// 20 round keys in uniform registers. What lies in device memory is loaded at every use (from L1),
+// since held, with the round keys it leads to, it would take more registers than there are.
+__device__ __forceinline__ void random_words(const Draw& draw, uint32_t block,
+                                             uint32_t (&words)[4]) {
+  words[0] = block;
+  if (draw.keys || draw.entry) {
+    const NoiseKey key = noise_key(draw.keys, draw.seed, draw.sample_offset, hidden(draw.b));
+    words[1] = key.sample;
+    words[2] = static_cast<uint32_t>(draw.entry ? __ldg(draw.entry) : draw.step);
+    words[3] = static_cast<uint32_t>(draw.entry ? __ldg(draw.entry + 1) : draw.stream);
+    philox4x32<Scalar>(words, key.seed_low, key.seed_high);
+  } else {
+    const NoiseKey key = noise_key(nullptr, draw.seed, draw.sample_offset, draw.b);
+    words[1] = key.sample;
+    words[2] = static_cast<uint32_t>(draw.step);
+    words[3] = static_cast<uint32_t>(draw.stream);
+    philox4x32<Scalar>(words, key.seed_low, key.seed_high);
+  }
 }
 
 #if defined(__CUDA_ARCH__)
@@ -42,8 +61,8 @@ __device__ __forceinline__ void box_muller_fast(uint32_t a, uint32_t b, float& z
 
 template <bool kFast>
 __device__ __forceinline__ void normal_block(const Draw& draw, uint32_t block, float* z) {
-  uint32_t words[4] = {block, draw.sample, draw.step, draw.stream};
-  philox4x32<Scalar>(words, draw.seed_low, draw.seed_high);
+  uint32_t words[4];
+  random_words(draw, block, words);
   if constexpr (kFast) {
     box_muller_fast(words[0], words[1], z[0], z[1]);
     box_muller_fast(words[2], words[3], z[2], z[3]);
@@ -53,23 +72,32 @@ __device__ __forceinline__ void normal_block(const Draw& draw, uint32_t block, f
   }
 }
 
+__device__ __forceinline__ void normal_block(bool fast, const Draw& draw, uint32_t block,
+                                             float* z) {
+  if (fast) {
+    normal_block<true>(draw, block, z);
+  } else {
+    normal_block<false>(draw, block, z);
+  }
+}
+
 template <class L, class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     randn_kernel(const __grid_constant__ RandnParams p, bool aligned) {
-  for (int64_t b = first_sample(); b < p.batch; b += sample_stride()) {
-    const Draw draw =
-        make_draw(noise_key(p.keys, p.seed, p.sample_offset, b), p.step, p.stream);
-    T* const out = static_cast<T*>(p.out.data) + b * p.n;
-    for (int64_t e = first_element<L>(); e < p.n; e += element_stride<L>()) {
-      float z[L::kWidth];
-      FD_UNROLL
-      for (int g = 0; g < L::kGroups; ++g) {
-        const int64_t block = p.first_block + (e + g * L::kGroupStride) / 4;
-        normal_block<kFast>(draw, static_cast<uint32_t>(block), z + 4 * g);
-      }
-      store<L>(out, Chunk{e, p.n, aligned && e + L::kReach <= p.n}, z);
+  const uint32_t b = sample_index();
+  if (b >= p.batch) return;
+  const Draw draw{p.seed, p.sample_offset, p.step, p.stream, p.keys, nullptr, b};
+  T* const out = static_cast<T*>(p.out.data) + b * p.n;
+  for_each_chunk<L>(p.n, aligned, [&](auto layout, const Chunk& chunk) {
+    using Part = decltype(layout);
+    float z[Part::kWidth];
+    FD_UNROLL
+    for (int g = 0; g < Part::kGroups; ++g) {
+      const uint32_t counter = static_cast<uint32_t>(p.first_block) + chunk.block;
+      normal_block<kFast>(draw, counter + g * Part::kStride, z + 4 * g);
     }
-  }
+    store<Part>(out, chunk, z);
+  });
 }
 
 }  // namespace fastdiff

@@ -24,7 +24,12 @@ struct Scalar {
 
   static FD_HD W word(uint32_t value) { return value; }
   static FD_HD void mulhilo(W a, uint32_t m, W& hi, W& lo) {
+#if defined(__CUDA_ARCH__)
+    uint64_t product;  // spelled out: the compiler would also add the zero upper halves
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(m));
+#else
     const uint64_t product = static_cast<uint64_t>(a) * m;
+#endif
     hi = static_cast<uint32_t>(product >> 32);
     lo = static_cast<uint32_t>(product);
   }

@@ -8,9 +8,11 @@
 
 #if defined(__CUDACC__)
 #define FD_UNROLL _Pragma("unroll")
+#define FD_NO_UNROLL _Pragma("unroll 1")
 #define FD_HD __host__ __device__ __forceinline__
 #else
 #define FD_UNROLL _Pragma("GCC unroll 16")
+#define FD_NO_UNROLL _Pragma("GCC unroll 1")
 #define FD_HD inline __attribute__((always_inline))
 #endif
 

@@ -13,7 +13,7 @@ variable FASTDIFF_BACKEND) that cannot serve raises BackendError with that reaso
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,9 +23,14 @@ import torch
 from fastdiff.backends import native, reference, triton
 from fastdiff.ops.schemas import SCHEMAS
 
-__all__ = ["BackendError", "names", "operation", "probe", "select", "use_backend"]
+__all__ = [
+    "BackendError", "forget", "names", "operation", "order", "probe", "register", "select",
+    "use_backend",
+]  # fmt: skip
 
-_MODULES = {"reference": reference, "native": native, "triton": triton}
+Probe = Callable[[torch.device, torch.dtype], "str | None"]
+_probes: dict[str, Probe] = {}
+_operations: dict[tuple[str, str], Any] = {}
 
 # Automatic order by device type. On GPUs Triton comes first because it needs no compiler on the
 # machine; on CPUs Triton has only its interpreter.
@@ -39,13 +44,30 @@ class BackendError(RuntimeError):
     """An explicitly chosen backend cannot serve."""
 
 
+def register(name: str, serves: Probe) -> None:
+    """Adds the backend whose operations are torch.ops.fastdiff_<name>.
+
+    Args:
+        serves: function of (device, dtype of the math) that returns None, or why it cannot serve.
+    """
+    _probes[name] = serves
+    namespace = getattr(torch.ops, f"fastdiff_{name}")
+    for op in SCHEMAS:
+        _operations[name, op] = getattr(namespace, op).default
+
+
 def names() -> tuple[str, ...]:
-    return tuple(_MODULES)
+    return tuple(_probes)
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The backends that automatic selection tries, first to last."""
+    return _ORDER.get(device_type, ("reference",))
 
 
 def _check_name(name: str) -> str:
-    if name not in _MODULES:
-        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, not {name!r}")
+    if name not in _probes:
+        raise ValueError(f"backend must be one of {', '.join(_probes)}, not {name!r}")
     return name
 
 
@@ -71,7 +93,7 @@ def probe(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """
     key = (name, device, dtype)
     if key not in _reasons:
-        _reasons[key] = _MODULES[name].probe(device, dtype)
+        _reasons[key] = _probes[name](device, dtype)
     return _reasons[key]
 
 
@@ -89,7 +111,7 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None = None)
         if reason is not None:
             raise BackendError(f"backend {explicit!r} cannot serve {device} {dtype}: {reason}")
         return explicit
-    for name in _ORDER.get(device.type, ("reference",)):
+    for name in order(device.type):
         if probe(name, device, dtype) is None:
             return name
     raise BackendError(f"no backend serves {device} {dtype}")  # reference serves everything
@@ -106,13 +128,10 @@ def _select(device: torch.device, dtype: torch.dtype, backend: str | None) -> st
     return _selected[key]
 
 
-_OPERATIONS = {
-    (name, op): getattr(getattr(torch.ops, f"fastdiff_{name}"), op).default
-    for name in _MODULES
-    for op in SCHEMAS
-}
-
-
 def operation(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
     """The operation `op` (see ops/schemas.py) of the backend that select() names."""
-    return _OPERATIONS[_select(device, dtype, backend), op]
+    return _operations[_select(device, dtype, backend), op]
+
+
+for _name, _module in (("reference", reference), ("native", native), ("triton", triton)):
+    register(_name, _module.probe)

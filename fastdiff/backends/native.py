@@ -17,7 +17,7 @@ import torch
 from fastdiff.backends import build as builder
 from fastdiff.ops.schemas import define
 
-__all__ = ["build", "isa", "probe"]
+__all__ = ["build", "isa", "isa_levels", "probe"]
 
 _library = define("native")
 _lock = threading.RLock()
@@ -47,11 +47,22 @@ def isa(force: str = "") -> str:
     bits, so this serves tests and benchmarks. Raises RuntimeError when the library cannot be
     loaded, or for a level that this CPU does not have.
     """
+    _require_cpu()
+    level: str = torch.ops.fastdiff_native.isa(force)
+    return level
+
+
+def isa_levels() -> list[str]:
+    """The SIMD levels that this CPU runs, best first. Raises RuntimeError as isa() does."""
+    _require_cpu()
+    levels: str = torch.ops.fastdiff_native.isa_levels()
+    return levels.split(",")
+
+
+def _require_cpu() -> None:
     reason = probe(torch.device("cpu"), torch.float32)
     if reason is not None:
         raise RuntimeError(f"no native CPU kernels: {reason}")
-    level: str = torch.ops.fastdiff_native.isa(force)
-    return level
 
 
 def build(force: bool = False, verbose: bool = False, cuda: bool | None = None) -> list[Path]:

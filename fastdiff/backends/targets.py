@@ -49,17 +49,9 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # bits. errno and traps do not change a result, and math calls would not vectorize with them.
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *_EXACT, _STABLE_ABI)
-
-
-def _host_link_flags() -> tuple[str, ...]:
-    """Links to what torch has loaded, by name: it is there before the library is.
-
-    torch's own copy of libgomp goes first and a library that resolves nothing is left out, so that
-    a torch that ships one under a name of its own does not get a second pool of threads.
-    """
-    shipped = (*_TORCH.glob("lib/libgomp*.so*"), *_TORCH.parent.glob("torch.libs/libgomp*.so*"))
-    gomp = [f"-l:{path.name}" for path in sorted(shipped)[:1]]
-    return ("-shared", "-Wl,--as-needed", *gomp, "-ltorch_cpu", "-lc10", "-fopenmp")
+# Linked by name to what torch has loaded by the time the library is. Threads are torch's as well,
+# through the stable ABI: no OpenMP here, and no second pool of threads.
+_LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
 
 
 def cpu_target() -> Target:
@@ -82,8 +74,8 @@ def cpu_target() -> Target:
                 for name, flags in levels.items()
             ),
         ),
-        flags=(*_HOST_FLAGS, "-fopenmp", *have),
-        link_flags=_host_link_flags(),
+        flags=(*_HOST_FLAGS, *have),
+        link_flags=_LINK_FLAGS,
         label="native CPU library",
         seconds=10,
     )
@@ -117,7 +109,8 @@ def cuda_target(archs: Sequence[str] | None = None) -> Target:
         ),
         flags=("-O3", "-std=c++17", "-Xcompiler", host, _STABLE_ABI),
         link_flags=(
-            *("-shared", "-cudart", "static", "-ltorch_cpu", "-lc10"),
+            *_LINK_FLAGS,
+            *("-cudart", "static"),
             *(["-ltorch_cuda"] if has_torch_cuda else []),
         ),
         compiler="nvcc",
@@ -136,8 +129,8 @@ def cuda_host_target() -> Target:
             Source("bindings/ops.cpp", flags=(*host, *binding)),
             Source("cuda/kernels.cu", flags=("-x", "c++", *host, "-include", "cuda/host.h")),
         ),
-        flags=(*_HOST_FLAGS, "-fopenmp"),
-        link_flags=_host_link_flags(),
+        flags=_HOST_FLAGS,
+        link_flags=_LINK_FLAGS,
         label="CUDA library that runs on the host",
         seconds=10,
     )

@@ -53,7 +53,7 @@ def _find_cxx() -> tuple[str, ...]:
         if program is None:
             raise BuildError(f"CXX names the compiler {configured[0]!r}, which is not there")
         return (os.path.abspath(program), *configured[1:])  # ninja runs it from elsewhere
-    for name in ("g++", "c++", "clang++"):  # g++ first: its OpenMP is the one that torch runs on
+    for name in ("g++", "c++", "clang++"):
         if program := shutil.which(name):
             return (program,)
     raise BuildError(
@@ -137,8 +137,7 @@ def compile(
 def _ninja_file(target: Target, compiler: Compiler, root: Path) -> str:
     includes = (root / "include", root, _TORCH / "include")
     flags = (*target.flags, *(f"-I{folder}" for folder in includes))
-    libraries = (_TORCH / "lib", _TORCH.parent / "torch.libs")
-    link_flags = (*(f"-L{folder}" for folder in libraries), *target.link_flags)
+    link_flags = (f"-L{_TORCH / 'lib'}", *target.link_flags)
     lines = [
         f"cxx = {_quoted(compiler.command)}",
         f"flags = {_quoted(flags)}",

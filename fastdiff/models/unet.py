@@ -138,7 +138,6 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, low)
         self.conv_out = nn.Conv2d(low, config.image_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         self._check(x, t, labels)

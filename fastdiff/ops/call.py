@@ -174,6 +174,10 @@ def call_step(
     if guidance_scale is not None:
         tensors.append(guidance_scale)
     if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch.compiler.is_compiling():  # the compiler differentiates and fuses the definition
+            return step_values(
+                states, model_outputs, noise, guidance_scale=guidance_scale, **arguments
+            )
         arguments["backend"] = backend
         count = (len(states), len(model_outputs), len(noise))
         return list(_Step.apply(arguments, count, *tensors))  # type: ignore[no-untyped-call]

@@ -41,6 +41,9 @@ def chain(
     compute, dtype = table.dtype, out.dtype
     x = x_start.reshape(batch, -1)
     all_keys = sample_keys(keys, seed, sample_offset, batch, x_start.device)
+    # Steps that are not kept go to a spare slot: nothing here reads slots on the host.
+    kept = out.new_empty((out.shape[0] + 1, batch, x.shape[1]))
+    slots = torch.where(slots < 0, out.shape[0], slots)
     for t in range(table.shape[0]):
         if noise is None:
             z = normals(all_keys, t, STREAM_CHAIN, x.shape[1]).to(dtype)
@@ -50,6 +53,5 @@ def chain(
         acc = torch.where(a != 0, a * x.to(compute), -0.0)
         acc = torch.where(b != 0, acc + b * z.to(compute), acc)
         x = acc.to(dtype)
-        slot = int(slots[t])
-        if slot >= 0:
-            out[slot].copy_(x.reshape(x_start.shape))
+        kept.index_copy_(0, slots[t : t + 1], x[None])
+    out.copy_(kept[:-1].reshape(out.shape))

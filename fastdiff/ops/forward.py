@@ -24,6 +24,7 @@ from fastdiff.ops.checks import (
     resolve_rows,
     resolve_seed,
 )
+from fastdiff.ops.held import held
 from fastdiff.ops.step import StepSpec
 from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
 
@@ -92,44 +93,33 @@ def _host_table(schedule: Schedule, kind: str) -> np.ndarray:
     return pack_table(rows, [available[name] for name in kind.split("+")])
 
 
-@lru_cache(maxsize=256)
 def _uploaded(schedule: Schedule, kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """_host_table on the device, rounded once."""
     return torch.from_numpy(_host_table(schedule, kind)).to(device=device, dtype=dtype)
 
 
-@torch.compiler.assume_constant_result
-def _table(
-    fingerprint: str, schedule: Schedule, kind: str, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    # The fingerprint is an argument so that a compiled graph guards on it.
-    return _uploaded(schedule, kind, device, compute_dtype(dtype))
+def _table(schedule: Schedule, kind: str, like: Tensor) -> Tensor:
+    dtype = compute_dtype(like.dtype)
+    return held(schedule.fingerprint, _uploaded, schedule, kind, like.device, dtype)
 
 
-@lru_cache(maxsize=64)
-def _uploaded_draws(count: int, device: torch.device) -> Tensor:
+def _chain_draws(count: int, device: torch.device) -> Tensor:
+    """(step, stream) = (t, STREAM_CHAIN) of every t: int64 (T, 1, 2)."""
     steps = torch.arange(count)
     draws = torch.stack([steps, torch.full_like(steps, STREAM_CHAIN)], dim=1)
     return draws[:, None, :].contiguous().to(device)
 
 
-@torch.compiler.assume_constant_result
-def _chain_draws(count: int, device: torch.device) -> Tensor:
-    """(step, stream) = (t, STREAM_CHAIN) of every t: int64 (T, 1, 2)."""
-    return _uploaded_draws(count, device)
-
-
-def _per_sample(
-    schedule: NoiseSchedule | Schedule, name: str, rows: Tensor, like: Tensor
-) -> Tensor:
+def _per_sample(schedule: Schedule, name: str, rows: Tensor, like: Tensor) -> Tensor:
     """schedule.<name>[t] as a view of the shape of `like`; NaN where t is out of range."""
-    values = _values(schedule.fingerprint, schedule, name, like.device, like.dtype)
+    values = held(
+        schedule.fingerprint, _uploaded_values, schedule, name, like.device, like.dtype
+    )
     inside = (rows >= 0) & (rows < values.shape[0])
     picked = torch.where(inside, values[torch.where(inside, rows, 0)], torch.nan)
     return picked.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
 
 
-@lru_cache(maxsize=256)
 def _uploaded_values(
     schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -141,13 +131,6 @@ def _uploaded_values(
     else:
         array = getattr(schedule, name)
     return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
-
-
-@torch.compiler.assume_constant_result
-def _values(
-    fingerprint: str, schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return _uploaded_values(schedule, name, device, dtype)
 
 
 def q_sample(
@@ -220,7 +203,7 @@ def q_sample(
         states=1, outputs=tuple(masks[kind] for kind in kinds), draws=1,
         noise_dtype=x_start.dtype, fast=fast,
     )  # fmt: skip
-    table = _table(schedule.fingerprint, schedule, "+".join(kinds), x_start.device, x_start.dtype)
+    table = _table(schedule, "+".join(kinds), x_start)
     outputs = None
     if out is not None:
         outputs = [out] + [torch.empty_like(x_start) for _ in kinds[1:]]
@@ -267,9 +250,9 @@ def q_step(
     spec = StepSpec(states=1, outputs=(9,), draws=1, noise_dtype=x_prev.dtype, fast=fast)
     return call_step(
         [x_prev], spec,
-        _table(schedule.fingerprint, schedule, "step", x_prev.device, x_prev.dtype), rows,
+        _table(schedule, "step", x_prev), rows,
         noise=noise_from(noise, generator, x_prev), keys=keys,
-        draws=_chain_draws(schedule.num_timesteps, x_prev.device),
+        draws=held("", _chain_draws, schedule.num_timesteps, x_prev.device),
         counter=(low, offset, 0, 0), out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
 
@@ -328,13 +311,13 @@ def q_chain(
     slots[torch.tensor(kept)] = torch.arange(len(kept))
     operation("chain", x_start.device, compute_dtype(x_start.dtype), backend)(
         x_start.contiguous(), None if noise is None else noise.contiguous(),
-        _chain_table(schedule, x_start.device, compute_dtype(x_start.dtype)),
+        held(schedule.fingerprint, _chain_table, schedule, x_start.device,
+             compute_dtype(x_start.dtype)),
         slots.to(x_start.device), keys, low, offset, fast, target,
     )  # fmt: skip
     return out if target is out else out.copy_(target)
 
 
-@lru_cache(maxsize=64)
 def _chain_table(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> Tensor:
     rows = np.stack([np.sqrt(schedule.alphas), np.sqrt(schedule.betas)], axis=1)
     return torch.from_numpy(rows).to(device=device, dtype=dtype)
@@ -356,7 +339,7 @@ def q_mean_variance(
     check_sample("x_start", x_start)
     _check_schedule(schedule)
     rows = resolve_rows(t, schedule.num_timesteps, x_start.shape[0], x_start.device, check)
-    table = _table(schedule.fingerprint, schedule, "mean", x_start.device, x_start.dtype)
+    table = _table(schedule, "mean", x_start)
     mean = call_step([x_start], StepSpec(states=1, outputs=(1,)), table, rows, backend=backend)[0]
     return (
         mean,
@@ -398,7 +381,7 @@ def q_posterior_mean_variance(
         check_out("out", out, "x_t", x_t, x_t.dtype, [x_start, x_t])
     mean = call_step(
         [x_start, x_t], StepSpec(states=2, outputs=(3,)),
-        _table(schedule.fingerprint, schedule, "posterior", x_t.device, x_t.dtype), rows,
+        _table(schedule, "posterior", x_t), rows,
         out_dtypes=[x_t.dtype], out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
     return (

@@ -6,8 +6,9 @@ steps, so a loop of p_sample with one seed equals fastdiff.sample with that plan
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastdiff.ops.call import call_step, compute_dtype, noise_from
 from fastdiff.ops.checks import check_like, check_out, check_sample, resolve_rows, resolve_seed
 from fastdiff.ops.forward import _check_one_noise, _check_schedule
+from fastdiff.ops.held import held
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
@@ -42,11 +44,58 @@ def _ddim_plan(
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
-def _plan(
-    fingerprint: str, kind: str, schedule: NoiseSchedule, *arguments: Any
-) -> SolverPlan:  # the fingerprint makes compiled graphs guard on the schedule's content
+class _Rows(NamedTuple):
+    """What a call needs of a plan, as constants and tensors that torch.compile can hold."""
+
+    spec: StepSpec
+    table: Tensor
+    draws: Tensor
+    rows: int
+    noisy: bool
+
+
+def _plan(kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...]) -> SolverPlan:
     return (_ddpm_plan if kind == "ddpm" else _ddim_plan)(schedule, *arguments)
+
+
+@torch.compiler.assume_constant_result
+def _structure(
+    fingerprint: str, kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
+) -> tuple[int, ...]:
+    plan = _plan(kind, schedule, arguments)
+    spec = plan.spec(torch.float32, preview)
+    clamp = -1 if spec.clamp is None else spec.clamp
+    return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
+
+
+def _table(
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _plan(kind, schedule, arguments).on(device, dtype, preview).table
+
+
+def _draws(
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _plan(kind, schedule, arguments).on(device, dtype, preview).draws
+
+
+def _rows_of(
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool, fast: bool,
+    x_t: Tensor,
+) -> _Rows:  # fmt: skip
+    key = (kind, schedule, arguments, preview)
+    rows, noisy, learned, clamp, *outputs = _structure(schedule.fingerprint, *key)
+    spec = StepSpec(
+        states=1, outputs=tuple(outputs), clamp=None if clamp < 0 else clamp, draws=1,
+        noise_dtype=x_t.dtype, learned=bool(learned), fast=fast,
+    )  # fmt: skip
+    place = (x_t.device, compute_dtype(x_t.dtype))
+    table = held(schedule.fingerprint, _table, *key, *place)
+    draws = held(schedule.fingerprint, _draws, *key, *place)
+    return _Rows(spec, table, draws, rows, bool(noisy))
 
 
 def _check_model_output(model_output: Tensor, x_t: Tensor, learned: bool) -> None:
@@ -60,7 +109,9 @@ def _check_model_output(model_output: Tensor, x_t: Tensor, learned: bool) -> Non
 
 
 def _reverse_step(
-    plan: SolverPlan,
+    kind: str,
+    schedule: NoiseSchedule,
+    arguments: tuple[Any, ...],
     ascending: bool,
     model_output: Tensor,
     x_t: Tensor,
@@ -75,9 +126,11 @@ def _reverse_step(
     check: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    _check_schedule(schedule, chain=True)
     check_sample("x_t", x_t)
-    _check_model_output(model_output, x_t, plan.learned)
-    if bool(plan.draws_noise.any()) or not (seed is noise is generator is None):
+    plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t)
+    _check_model_output(model_output, x_t, plan.spec.learned)
+    if plan.noisy or not (seed is noise is generator is None):
         _check_one_noise(seed, noise, generator)
     if noise is not None:
         check_like("noise", noise, "x_t", x_t)
@@ -92,11 +145,10 @@ def _reverse_step(
     if out is not None:
         check_out("out", out, "x_t", x_t, x_t.dtype, inputs)
         outputs = [out] + ([torch.empty_like(x_t)] if return_x_start else [])
-    device_plan = plan.on(x_t.device, compute_dtype(x_t.dtype), return_x_start)
     results = call_step(
-        [x_t], plan.spec(x_t.dtype, return_x_start, fast), device_plan.table, rows,
-        model_outputs=[model_output], noise=noise_from(noise, generator, x_t), keys=keys,
-        draws=device_plan.draws, counter=(low, offset, 0, 0), out=outputs, backend=backend,
+        [x_t], plan.spec, plan.table, rows, model_outputs=[model_output],
+        noise=noise_from(noise, generator, x_t), keys=keys, draws=plan.draws,
+        counter=(low, offset, 0, 0), out=outputs, backend=backend,
     )  # fmt: skip
     return (results[0], results[1]) if return_x_start else results[0]
 
@@ -133,11 +185,9 @@ def p_sample(
         seed, noise, generator, sample_offset, out, fast, check, backend: as in q_sample.
         return_x_start: also return the (clipped) x_0, from the same pass.
     """
-    _check_schedule(schedule, chain=True)
-    plan = _plan(schedule.fingerprint, "ddpm", schedule, prediction_type, variance, clip)
     return _reverse_step(
-        plan, False, model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start,
-        out, fast, check, backend,
+        "ddpm", schedule, (prediction_type, variance, clip), False, model_output, x_t, t, seed,
+        noise, generator, sample_offset, return_x_start, out, fast, check, backend,
     )  # fmt: skip
 
 
@@ -166,14 +216,10 @@ def ddim_sample(
 
     Noise is needed when eta > 0 only. Arguments as in p_sample and fastdiff.solvers.ddim.
     """
-    _check_schedule(schedule, chain=True)
-    plan = _plan(
-        schedule.fingerprint, "ddim", schedule, prediction_type, eta, clip,
-        use_clipped_model_output, reverse,
-    )  # fmt: skip
     return _reverse_step(
-        plan, reverse, model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start,
-        out, fast, check, backend,
+        "ddim", schedule, (prediction_type, eta, clip, use_clipped_model_output, reverse), reverse,
+        model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start, out, fast,
+        check, backend,
     )  # fmt: skip
 
 
@@ -196,49 +242,30 @@ def p_mean_variance(
     eq. 15). Arguments as in p_sample.
     """
     _check_schedule(schedule, chain=True)
-    plan = _plan(schedule.fingerprint, "ddpm", schedule, prediction_type, variance, clip)
     check_sample("x_t", x_t)
-    _check_model_output(model_output, x_t, plan.learned)
+    arguments = (prediction_type, variance, clip)
+    # The plan's rows with x_0 as second output; the noise column, last, is masked off.
+    plan = _rows_of("ddpm", schedule, arguments, True, False, x_t)
+    _check_model_output(model_output, x_t, plan.spec.learned)
+    spec = replace(plan.spec, outputs=tuple(mask & 7 for mask in plan.spec.outputs))
     rows = plan.rows - 1 - resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
-    preview = plan.spec(x_t.dtype, preview=True)
-    mean_mask, x_start_mask = (mask & 7 for mask in preview.outputs)
-    spec = StepSpec(
-        states=1, outputs=(mean_mask, x_start_mask), learned=plan.learned,
-        clamp=None if preview.clamp is None else preview.clamp & 3,
-    )  # fmt: skip
-    table = _without_noise(plan.fingerprint, plan, x_t.device, compute_dtype(x_t.dtype))
     mean, x_start = call_step(
-        [x_t], spec, table, rows, model_outputs=[model_output], backend=backend
-    )
+        [x_t], spec, plan.table, rows, model_outputs=[model_output], draws=plan.draws,
+        backend=backend,
+    )  # fmt: skip
     inside = (rows >= 0) & (rows < plan.rows)
-    index = torch.where(inside, rows, 0)
-    bounds = _variances(plan.fingerprint, plan, schedule, variance, x_t.device, x_t.dtype)
-    picked = torch.where(inside[:, None], bounds[index], torch.nan)
+    bounds = held(
+        schedule.fingerprint, _uploaded_variances, schedule, variance, x_t.device, x_t.dtype
+    )
+    picked = torch.where(inside[:, None], bounds[torch.where(inside, rows, 0)], torch.nan)
     low, high = (picked[:, k].reshape(-1, *[1] * (x_t.dim() - 1)) for k in (0, 1))
-    if not plan.learned:
+    if not plan.spec.learned:
         return mean, low.expand(x_t.shape), high.expand(x_t.shape), x_start
     f = model_output[:, x_t.shape[1] :] * 0.5 + 0.5
     log_variance = f * high + (1.0 - f) * low
     return mean, torch.exp(log_variance), log_variance, x_start
 
 
-@lru_cache(maxsize=64)
-def _uploaded_without_noise(plan: SolverPlan, device: torch.device, dtype: torch.dtype) -> Tensor:
-    silent = SolverPlan(
-        plan.name, plan.A[:, :, :-1], plan.x_start, plan.t, plan.draws[:, :0],
-        None if plan.P is None else plan.P[:, :-1], plan.lo, plan.hi, plan.c_in,
-    )  # fmt: skip
-    return torch.from_numpy(silent.table(preview=True)).to(device=device, dtype=dtype)
-
-
-@torch.compiler.assume_constant_result
-def _without_noise(
-    fingerprint: str, plan: SolverPlan, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return _uploaded_without_noise(plan, device, dtype)
-
-
-@lru_cache(maxsize=64)
 def _uploaded_variances(
     schedule: NoiseSchedule, variance: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -253,11 +280,3 @@ def _uploaded_variances(
         columns = [small_log, np.log(schedule.betas)]
     array = np.stack(columns, axis=1)[::-1]
     return torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
-
-
-@torch.compiler.assume_constant_result
-def _variances(
-    fingerprint: str, plan: SolverPlan, schedule: NoiseSchedule, variance: str,
-    device: torch.device, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return _uploaded_variances(schedule, variance, device, dtype)

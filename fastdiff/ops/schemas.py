@@ -9,6 +9,7 @@ Arguments common to the three:
     keys            int64 (B, 2): seed and sample of every batch entry, on the device; or None, and
                     then entry b has (seed, sample_offset + b) from the by-value integers.
     seed            the 64 bits of the seed as a signed integer.
+                    SymInt, so that a compiled training step is not compiled again at every step.
     fast            GPUs may use their approximate log2, sin, cos and sqrt in the noise.
 All tensors are contiguous and on one device; the backends do not check what ops/ has checked.
 """
@@ -23,19 +24,19 @@ __all__ = ["DTYPE_CODES", "SCHEMAS", "define"]
 SCHEMAS = {
     # out (B, ...): elements 4*first_block.. of the noise of every sample, rounded to out's dtype.
     "randn": (
-        "(Tensor(a!) out, Tensor? keys, int seed, int sample_offset, int step, int stream, "
-        "int first_block, bool fast) -> ()"
+        "(Tensor(a!) out, Tensor? keys, SymInt seed, SymInt sample_offset, SymInt step, "
+        "SymInt stream, int first_block, bool fast) -> ()"
     ),
     # The fused solver step, ops/step.py.
     "step": (
         "(Tensor[] states, Tensor[] model_outputs, Tensor[] noise, Tensor table, Tensor rows, "
         "Tensor? keys, Tensor? draws, Tensor? guidance_scale, Tensor? threshold, int[] spec, "
-        "int[] counter, Tensor(a!)[] out, Tensor(b!)? model_input) -> ()"
+        "SymInt[] counter, Tensor(a!)[] out, Tensor(b!)? model_input) -> ()"
     ),
     # The forward chain q(x_{1:T} | x_0), ops/chain.py.
     "chain": (
-        "(Tensor x_start, Tensor? noise, Tensor table, Tensor slots, Tensor? keys, int seed, "
-        "int sample_offset, bool fast, Tensor(a!) out) -> ()"
+        "(Tensor x_start, Tensor? noise, Tensor table, Tensor slots, Tensor? keys, SymInt seed, "
+        "SymInt sample_offset, bool fast, Tensor(a!) out) -> ()"
     ),
 }
 

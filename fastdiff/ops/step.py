@@ -139,14 +139,17 @@ def step_values(
 
     z: list[Tensor | None] = []
     for k in range(n_draws):
-        if noise:
+        bit = 1 << n_states + 2 + k
+        if not any(mask & bit for mask in (*output_masks, max(clamp_mask, 0) << 1)):
+            z.append(None)
+        elif noise:
             z.append(flat(noise[k]))
-            continue
-        all_keys = sample_keys(keys, counter[0], counter[1], batch, states[0].device)
-        noise_step: Tensor | int = counter[2] if draws is None else draws[index, k, 0]
-        stream: Tensor | int = counter[3] if draws is None else draws[index, k, 1]
-        noise_dtype = next(d for d, code in DTYPE_CODES.items() if code == noise_code)
-        z.append(normals(all_keys, noise_step, stream, n).to(noise_dtype).to(compute))
+        else:
+            all_keys = sample_keys(keys, counter[0], counter[1], batch, states[0].device)
+            step: Tensor | int = counter[2] if draws is None else draws[index, k, 0]
+            stream: Tensor | int = counter[3] if draws is None else draws[index, k, 1]
+            noise_dtype = next(d for d, code in DTYPE_CODES.items() if code == noise_code)
+            z.append(normals(all_keys, step, stream, n).to(noise_dtype).to(compute))
 
     noise_scale = None
     if learned:

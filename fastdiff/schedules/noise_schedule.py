@@ -21,6 +21,7 @@ from ._values import (
     FloatArray,
     IntArray,
     TimestepArray,
+    as_float,
     as_float_vector,
     as_timesteps,
     as_vector,
@@ -229,6 +230,25 @@ class NoiseSchedule(ComparedByContent):
         # Where 1 - abar_t is 0, so are the numerators that are divided by this.
         one_minus = self._one_minus_alphas_cumprod
         return np.where(one_minus == 0, 1.0, one_minus)
+
+    def prior_kl(self, x_start_second_moment: float = 1.0) -> FloatArray:
+        """KL(q(x_t | x_0) || N(0, I)) per element in nats, for every t: how far from the prior.
+
+            0.5 (abar_t E[x_0^2] + (1 - abar_t) - 1 - log(1 - abar_t))
+
+        Ho et al. 2020, the term L_T of eq. 5; float64 (T,), inf where no noise has been added.
+
+        Args:
+            x_start_second_moment: E[x_0^2] over elements, in squared data units; >= 0.
+        """
+        moment = as_float("x_start_second_moment", x_start_second_moment)
+        if moment < 0:
+            raise ValueError(f"x_start_second_moment must be >= 0, got {moment}")
+        abar = self.alphas_cumprod
+        with np.errstate(divide="ignore"):
+            kl = 0.5 * (abar * (moment - 1.0) - np.log1p(-abar))
+        frozen: FloatArray = freeze(kl)
+        return frozen
 
     def spaced(self, spec: int | str | Sequence[int] | IntArray) -> NoiseSchedule:
         """The sub-chain that keeps only the chosen indices, for sampling with fewer steps.

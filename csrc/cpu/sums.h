@@ -1,0 +1,165 @@
+// Sums of terms a_k * source_k, as compacted from a row of the coefficient table: multiplies and
+// adds rounded separately, in column order, starting at -0 (the identity of addition).
+#pragma once
+
+#include "kernels.h"
+#include "load_store.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+
+constexpr int kMaxColumns = kMaxStates + 2 + kMaxDraws;  // S, o, c, z
+
+// With `base`, the value is base + guidance * (source - base); with `scale`, one per element, the
+// coefficient is a * scale.
+template <class T>
+struct Term {
+  T coefficient;
+  const Place* source;
+  const Place* base;
+  const T* scale;
+};
+
+template <class T>
+struct Sum {
+  int count;
+  Term<T> terms[kMaxColumns];
+};
+
+// One group, whatever the terms are. i is the element within the block.
+template <class T>
+FD_HD void evaluate(const Sum<T>& sum, T guidance, int64_t i, Group<T>& result) {
+  using V = typename Group<T>::V;
+  Group<T> acc;
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) acc.v[u] = broadcast<V>(static_cast<T>(-0.0));
+  for (int k = 0; k < sum.count; ++k) {
+    const Term<T>& term = sum.terms[k];
+    Group<T> value;
+    load_group(*term.source, i, value);
+    if (term.base) {
+      Group<T> base;
+      load_group(*term.base, i, base);
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u)
+        value.v[u] = base.v[u] + guidance * (value.v[u] - base.v[u]);
+    }
+    if (term.scale) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u)
+        value.v[u] *= term.coefficient * load_vector<V>(term.scale + i + u * kLanes<T>);
+    } else {
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u) value.v[u] *= term.coefficient;
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) acc.v[u] += value.v[u];
+  }
+  result = acc;
+}
+
+// ---- The common case again, fast enough for the memory system: float32 arithmetic, all sources and
+// the target of one type S, few terms, at most the last one guided.
+
+// The smallest run of S that fills a register, and how floats are laid out for it.
+template <class S>
+struct Pack {
+  static constexpr int kVectors = 1, kSize = Lanes::kCount;
+  static FD_HD void unpack(const S* p, Lanes::F (&v)[1]) { v[0] = load<Lanes::kCount>(p); }
+  template <bool kStream>
+  static FD_HD void pack(S* p, const Lanes::F (&v)[1]) {
+    if constexpr (kStream && std::is_same_v<S, float>)
+      stream_vector(p, v[0]);
+    else
+      store<Lanes::kCount>(p, v[0]);
+  }
+};
+
+// bfloat16 is the upper half of a float, so a register of 16-bit values splits into its even and odd
+// ones with a shift and a mask; they join again in the same way, and nothing is permuted.
+template <>
+struct Pack<bf16_t> {
+  static constexpr int kVectors = 2, kSize = 2 * Lanes::kCount;
+  static FD_HD void unpack(const bf16_t* p, Lanes::F (&v)[2]) {
+    const auto both = load_vector<Lanes::U>(p);
+    v[0] = Lanes::from_bits(both << 16);
+    v[1] = Lanes::from_bits(both & 0xffff0000u);
+  }
+  template <bool kStream>
+  static FD_HD void pack(bf16_t* p, const Lanes::F (&v)[2]) {
+    const Lanes::U even = round_to_bf16<Lanes::kCount>(v[0]);
+    const Lanes::U odd = round_to_bf16<Lanes::kCount>(v[1]);
+    if constexpr (kStream)
+      stream_vector(p, join_halves(even, odd));
+    else
+      store_vector(p, join_halves(even, odd));
+  }
+};
+
+using UniformSum = void (*)(const Sum<float>& sum, float guidance, int64_t count, char* target);
+
+template <class S, int kTerms, bool kGuided, bool kStream>
+void uniform_sum(const Sum<float>& sum, float guidance, int64_t count, char* target) {
+  using P = Pack<S>;
+  constexpr int kStep = 4 * Lanes::kCount, kPacks = kStep / P::kSize;
+  static_assert(Group<float>::kSize % kStep == 0, "a group is whole steps");
+  const S* source[kTerms];
+  float a[kTerms];
+#pragma GCC unroll 4
+  for (int k = 0; k < kTerms; ++k) {
+    source[k] = reinterpret_cast<const S*>(sum.terms[k].source->data);
+    a[k] = sum.terms[k].coefficient;
+  }
+  const S* base = kGuided ? reinterpret_cast<const S*>(sum.terms[kTerms - 1].base->data) : nullptr;
+  S* out = reinterpret_cast<S*>(target);
+  for (int64_t start = 0; start < count; start += kStep) {
+#pragma GCC unroll 4
+    for (int pack = 0; pack < kPacks; ++pack) {
+      const int64_t i = start + pack * P::kSize;
+      Lanes::F acc[P::kVectors];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTerms; ++k) {
+        Lanes::F value[P::kVectors], from[P::kVectors];
+        P::unpack(source[k] + i, value);
+        if (kGuided && k == kTerms - 1) P::unpack(base + i, from);
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) {
+          if (kGuided && k == kTerms - 1) value[v] = from[v] + guidance * (value[v] - from[v]);
+          // -0 + value is value, so the first term starts the sum.
+          acc[v] = k == 0 ? a[k] * value[v] : acc[v] + a[k] * value[v];
+        }
+      }
+      P::template pack<kStream>(out + i, acc);
+    }
+  }
+}
+
+template <class S, bool kStream>
+UniformSum uniform_sum_of(int terms, bool guided) {
+  static constexpr UniformSum kSums[2][4] = {
+      {uniform_sum<S, 1, false, kStream>, uniform_sum<S, 2, false, kStream>,
+       uniform_sum<S, 3, false, kStream>, uniform_sum<S, 4, false, kStream>},
+      {uniform_sum<S, 1, true, kStream>, uniform_sum<S, 2, true, kStream>,
+       uniform_sum<S, 3, true, kStream>, uniform_sum<S, 4, true, kStream>}};
+  return terms >= 1 && terms <= 4 ? kSums[guided][terms - 1] : nullptr;
+}
+
+// Null where only evaluate() will do. `stream` asks for stores past the caches.
+inline UniformSum uniform_sum_for(const Sum<float>& sum, DType target, bool stream) {
+  for (int k = 0; k < sum.count; ++k) {
+    const Term<float>& term = sum.terms[k];
+    const bool guided_early = term.base && k + 1 < sum.count;
+    if (term.source->dtype != target || term.scale || guided_early) return nullptr;
+    if (term.base && term.base->dtype != target) return nullptr;
+  }
+  const bool guided = sum.count > 0 && sum.terms[sum.count - 1].base;
+  if (target == DType::f32)
+    return stream ? uniform_sum_of<float, true>(sum.count, guided)
+                  : uniform_sum_of<float, false>(sum.count, guided);
+  if (target == DType::bf16)
+    return stream ? uniform_sum_of<bf16_t, true>(sum.count, guided)
+                  : uniform_sum_of<bf16_t, false>(sum.count, guided);
+  if (target == DType::f16) return uniform_sum_of<f16_t, false>(sum.count, guided);
+  return nullptr;
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA

@@ -1,0 +1,51 @@
+"""Device tables made once and kept, in a form that torch.compile can lift into its graphs.
+
+A compiled graph reaches a table through an attribute of `_store`, so Dynamo lifts it as an input
+and guards on it. (A tensor returned by an assume_constant_result function would be simpler, but
+Dynamo takes two of them in one graph for the same one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["held"]
+
+_LIMIT = 1024  # tables; then all are dropped and made again, which only costs time
+
+
+class _Store:
+    pass
+
+
+_store = _Store()
+_names: dict[tuple[Any, ...], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _name(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> str:
+    """The attribute of _store that holds make(*arguments), made when it is missing."""
+    key = (make, *arguments)
+    if key not in _names:
+        if len(_names) >= _LIMIT:
+            _names.clear()
+            _store.__dict__.clear()
+        name = f"table_{len(_names)}"
+        setattr(_store, name, make(*arguments))
+        _names[key] = name
+    return _names[key]
+
+
+def held(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """make(*arguments), made once per arguments (compared by value).
+
+    Args:
+        fingerprint: that of the schedule among the arguments; being a plain string read by the
+            caller, it makes a compiled graph guard on the schedule's content.
+    """
+    tensor: Tensor = getattr(_store, _name(fingerprint, make, *arguments))
+    return tensor

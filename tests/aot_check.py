@@ -1,0 +1,89 @@
+"""Compiles the Triton kernels for GPUs that need not be there and prints what came out, as JSON.
+
+    python aot_check.py [TARGET ...]        all targets by default
+
+A process of its own, because in the tests' process Triton is its interpreter.
+"""
+
+import json
+import re
+import sys
+
+import torch
+
+from fastdiff.kernels import aot
+
+# (op, dtype, the model's dtype), for every target ...
+CASES = [
+    ("q_sample", torch.bfloat16, None),
+    ("ddpm", torch.float32, torch.bfloat16),
+    ("ddim_guided", torch.float16, None),
+]
+# ... and, compilation taking its time, for one of each vendor.
+MORE_CASES = [
+    ("randn", torch.float32, None),
+    ("chain", torch.float32, None),
+    ("q_sample", torch.float32, None),
+    ("ddpm", torch.bfloat16, None),
+    ("ddpm_learned", torch.float16, None),
+    ("ddim_guided", torch.float32, None),
+    ("ddim_guided", torch.bfloat16, None),
+]
+MORE_TARGETS = ("sm_90", "gfx942")
+
+
+def inspect(compiled) -> dict[str, object]:
+    """Counts of what must and what must not be in the code.
+
+    contracted: FMAs, but for those that make up a square root, which only machine code has; so
+    AMD's is looked at where there is none.
+    narrow: accesses of 8 or 16 bits. wide: accesses of 128 bits.
+    """
+    usage = aot.usage(compiled)
+    contracted = r"fmuladd|\bcontract\b|\bfadd fast\b|\bfmul fast\b"
+    found = {
+        "registers": usage.registers,
+        "spilled": usage.spilled,
+        "shared": usage.shared,
+        "contracted": len(re.findall(contracted, compiled.asm["llir"])),
+    }
+
+    def count(text: str, **patterns: str) -> None:
+        for name, pattern in patterns.items():
+            found[name] = found.get(name, 0) + len(re.findall(pattern, text))
+
+    if "ptx" in compiled.asm:
+        count(
+            compiled.asm["ptx"],
+            contracted=r"\bfma\.",
+            approximate=r"\.approx|div\.full",
+            flushing=r"\.ftz",
+            narrow=r"(?:ld|st)\.global[.\w]*\.[bus](?:8|16)\b",
+            wide=r"(?:ld|st)\.global[.\w]*\.v4\.b32",
+        )
+    else:
+        if not re.search("v_(sqrt|rsq)_", compiled.asm["amdgcn"]):
+            count(compiled.asm["amdgcn"], contracted=r"v_(?:pk_)?(?:fma|mac|mad)\w*_f32")
+        count(
+            compiled.asm["amdgcn"],
+            flushing=r"float_denorm_mode_32 [^3]",
+            narrow=r"(?:load|store)_(?:ubyte|sbyte|byte|ushort|sshort|short)",
+            wide=r"(?:load|store)_dwordx4",
+        )
+    return found
+
+
+def main(targets: list[str]) -> None:
+    results = []
+    for name in targets or aot.TARGETS:
+        gpu = aot.target(name)
+        for op, dtype, model_dtype in CASES + (MORE_CASES if name in MORE_TARGETS else []):
+            launch = aot.example(op, dtype, gpu, model_dtype=model_dtype)
+            found = inspect(aot.compile_for(launch, gpu))
+            key = {"target": name, "op": op, "dtype": str(dtype), "model_dtype": str(model_dtype)}
+            results.append({**key, **found})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

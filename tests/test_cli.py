@@ -1,0 +1,403 @@
+"""The command line: what it writes, what it says, and what it refuses."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff import cli, pictures
+from fastdiff.models import digits
+
+Image = pytest.importorskip("PIL.Image")
+ImageChops = pytest.importorskip("PIL.ImageChops")
+pytest.importorskip("safetensors")
+
+QUICK = ["--steps", "3", "--count", "2", "--class", "3,7"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads waste time on tiny pictures, much of it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_process(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "fastdiff", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def grid_of(path, rows, count):
+    """The samples in a PNG, (rows, count, 8, 8) in 0..1, read back from the middle of every pixel;
+    the size of the picture is checked against the layout on the way."""
+    grid = pictures.Grid(tuple("0" * rows), count)
+    picture = Image.open(path)
+    assert picture.format == "PNG"
+    assert picture.size == grid.size
+    picture.load()
+    samples = torch.zeros(rows, count, 8, 8)
+    for row in range(rows):
+        for column in range(count):
+            left, top = grid.corner(row, column)
+            for y in range(8):
+                for x in range(8):
+                    at = (left + x * grid.scale + 3, top + y * grid.scale + 3)
+                    samples[row, column, y, x] = picture.getpixel(at)
+    return samples
+
+
+# sample
+
+
+def test_picture_shows_what_was_asked_for(capsys):
+    assert cli.main(["sample", "--steps", "20", "--count", "4"]) == 0
+    grey = grid_of("digits.png", rows=10, count=4)
+    paper, ink = float(grey.max()), float(grey.min())
+    assert (paper, ink) == (243, 30)
+    pixels = 2 * (paper - grey) / (paper - ink) - 1
+    pytest.importorskip("sklearn")
+    labels = torch.arange(10).repeat_interleave(4)
+    assert digits.measure(pixels.reshape(40, 1, 8, 8), labels).accuracy >= 0.9
+
+    said = capsys.readouterr().out
+    assert "digits.png: 40 pictures" in said
+    assert "ddim, 20 steps, guidance 2, seed 0" in said
+    backend = fd.backends.select(torch.device("cpu"), torch.float32)
+    if not torch.cuda.is_available():
+        assert f"backend   {backend} on cpu" in said
+
+
+def test_times_add_up(capsys):
+    assert cli.main(["sample", *QUICK, "--steps", "10"]) == 0
+    said = capsys.readouterr().out
+    total, rate = map(float, re.search(r"time +([\d.]+) s, ([\d.]+) steps/s", said).groups())
+    parts = re.findall(r"(model|step) +([\d.]+) s +([\d.]+) %", said)
+    assert [name for name, _, _ in parts] == ["model", "step"]
+    assert sum(float(seconds) for _, seconds, _ in parts) == pytest.approx(total, abs=0.002)
+    assert sum(float(share) for _, _, share in parts) == pytest.approx(100, abs=0.2)
+    assert rate == pytest.approx(10 / total, rel=0.2)
+    assert float(parts[0][1]) > 0
+
+
+def test_pictures_are_those_of_the_engine():
+    assert cli.main(["sample", *QUICK, "--seed", "5", "--guidance", "1"]) == 0
+    plan = fd.solvers.ddim(
+        digits.schedule(), steps=3, eta=0.0, prediction_type="epsilon", clip=(-1, 1)
+    )
+    model = digits.conditional(digits.load(), torch.tensor([3, 3, 7, 7]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        x = fd.sample(model, plan, shape=(4, 1, 8, 8), seed=5)
+        expected = pictures.draw_grid(x, pictures.Grid(("3", "7"), 2), "ddim, 3 steps", "seed 5")
+        assert Image.open("digits.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(own_folder, sampler):
+    def draw(name, *more):
+        words = ["sample", *QUICK, "--sampler", sampler, "--out", name, *more]
+        assert cli.main([*words, "--animate"]) == 0
+        return (own_folder / name).read_bytes(), (own_folder / name[:-4]).with_suffix(
+            ".gif"
+        ).read_bytes()
+
+    first = draw("first.png", "--seed", "18446744073709551615")
+    assert draw("again.png", "--seed", "18446744073709551615") == first
+    assert draw("other.png", "--seed", "1")[0] != first[0]
+
+
+def test_backends_draw_the_same_picture(own_folder):
+    if fd.backends.probe("native", torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("no native backend on this machine")
+    for backend in ("reference", "native"):
+        words = ["sample", *QUICK, "--sampler", "ddpm", "--device", "cpu"]
+        assert cli.main([*words, "--backend", backend, "--out", f"{backend}.png"]) == 0
+    assert (own_folder / "native.png").read_bytes() == (own_folder / "reference.png").read_bytes()
+
+
+def test_eta_adds_noise(own_folder):
+    for eta in ("0", "1"):
+        assert cli.main(["sample", *QUICK, "--eta", eta, "--out", f"{eta}.png"]) == 0
+    quiet, noisy = (grid_of(f"{eta}.png", 2, 2) for eta in ("0", "1"))
+    assert (quiet - noisy).abs().max() > 20
+
+
+@pytest.mark.parametrize(("steps", "frames"), [(1, 1), (5, 5), (61, 60)])
+def test_animation_has_a_frame_for_every_step_up_to_sixty(own_folder, steps, frames):
+    words = ["sample", "--class", "3", "--count", "1", "--steps", str(steps)]
+    assert cli.main([*words, "--animate", "made.gif"]) == 0
+    with Image.open("made.gif") as animation:
+        assert animation.n_frames == frames
+        assert animation.size == pictures.Grid(("3",), 1).size
+        durations = []
+        for k in range(frames):
+            animation.seek(k)
+            durations.append(animation.info["duration"])
+        assert durations[-1] >= 1000
+        last = animation.convert("L")
+    # The last frame is the finished picture, but for the line that counts the steps.
+    still = Image.open("digits.png")
+    box = (0, pictures.Grid(("3",), 1).corner(0, 0)[1], *still.size)
+    difference = ImageChops.difference(last.crop(box), still.crop(box))
+    assert difference.getextrema()[1] <= 9  # sixteen grey levels
+
+
+def test_animation_is_named_after_the_picture(own_folder):
+    assert cli.main(["sample", *QUICK, "--out", "some.png", "--animate"]) == 0
+    assert sorted(path.name for path in own_folder.iterdir()) == ["some.gif", "some.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "argument --steps: must be in [1, 1000], got 0"),
+        (["--steps", "1001"], "argument --steps: must be in [1, 1000], got 1001"),
+        (["--steps", "many"], "argument --steps: must be an integer, got 'many'"),
+        (["--eta", "1.5"], "argument --eta: must be in [0, 1], got 1.5"),
+        (["--eta", "nan"], "argument --eta: must be in [0, 1], got nan"),
+        (["--sampler", "ddpm", "--eta", "0.5"], "argument --eta: only ddim has it, not ddpm"),
+        (["--sampler", "magic"], "argument --sampler: invalid choice: 'magic'"),
+        (["--seed", "-1"], "argument --seed: must be in [0, 18446744073709551615], got -1"),
+        (["--class", "12"], "argument --class: must be a digit 0..9"),
+        (["--class", "1,,2"], "argument --class: must be a digit 0..9"),
+        (["--class", "1,1"], "argument --class: names a digit twice: '1,1'"),
+        (["--guidance", "-1"], "argument --guidance: must be in [0, 100], got -1"),
+        (["--guidance", "inf"], "argument --guidance: must be in [0, 100], got inf"),
+        (["--count", "0"], "argument --count: must be in [1, 100], got 0"),
+        (["--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
+        (["--device", "abacus"], "argument --device: 'abacus' is not there"),
+        (["--out", "picture.jpg"], "argument --out: must end in .png, got 'picture.jpg'"),
+        (["--out", "absent/x.png"], "its folder absent does not exist"),
+        (["--out", "folder.png"], "--out must be a file, folder.png is a folder"),
+        (["--animate", "x.mp4"], "argument --animate: must end in .gif, got 'x.mp4'"),
+        (["--animate", "absent/x.gif"], "its folder absent does not exist"),
+        (["--weights", "absent"], "argument --weights: no weights at absent"),
+        (["--weights", "text"], "argument --weights: text is not a safetensors file"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_runs(
+    own_folder, capsys, monkeypatch, words, message
+):
+    def never(*args, **keywords):
+        raise AssertionError("sampling began")
+
+    monkeypatch.setattr(fd, "sample", never)
+    (own_folder / "folder.png").mkdir()
+    (own_folder / "text").write_text("not weights")
+    before = sorted(own_folder.iterdir())
+    assert cli.main(["sample", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(own_folder.iterdir()) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="every backend serves a GPU")
+def test_backend_that_cannot_serve_is_refused_with_its_reason(own_folder):
+    # A process, because the tests themselves run with Triton's interpreter, which does serve.
+    done = run_process("sample", *QUICK, "--backend", "triton", TRITON_INTERPRET="0")
+    assert done.returncode == 2
+    assert "argument --backend: backend 'triton' cannot serve cpu" in done.stderr
+    assert list(own_folder.iterdir()) == []
+
+
+def test_failed_run_leaves_the_old_picture(own_folder, capsys, monkeypatch):
+    (own_folder / "digits.png").write_bytes(b"old")
+
+    def fails(*args, **keywords):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(fd, "sample", fails)
+    assert cli.main(["sample", *QUICK]) == 1
+    assert "fastdiff sample: failed: out of something" in capsys.readouterr().err
+    assert (own_folder / "digits.png").read_bytes() == b"old"
+    assert len(list(own_folder.iterdir())) == 1
+
+
+def test_failed_write_leaves_the_old_picture(own_folder, monkeypatch):
+    (own_folder / "digits.png").write_bytes(b"old")
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert cli.main(["sample", *QUICK]) == 1
+    assert (own_folder / "digits.png").read_bytes() == b"old"
+    assert len(list(own_folder.iterdir())) == 1
+
+
+def test_missing_extras_are_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert cli.main(["sample", *QUICK]) == 1
+    assert "pip install 'fastdiff[sample]'" in capsys.readouterr().err
+
+
+def test_missing_scikit_learn_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["train", "digits", "--steps", "1"]) == 1
+    assert "pip install 'fastdiff[train]'" in capsys.readouterr().err
+
+
+# the others
+
+
+def test_training_writes_weights_that_sample_reads(own_folder, capsys):
+    pytest.importorskip("sklearn")
+    words = ["train", "digits", "--steps", "10", "--seed", "3", "--out", "own.safetensors"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert "own.safetensors" in said.out
+    assert "10 iterations" in said.out
+    about = digits.metadata("own.safetensors")
+    assert about["command"] == "fastdiff train digits --steps 10 --seed 3"
+    assert cli.main(["sample", *QUICK, "--weights", "own.safetensors"]) == 0
+    assert cli.main(["sample", *QUICK, "--out", "shipped.png"]) == 0
+    assert (own_folder / "digits.png").read_bytes() != (own_folder / "shipped.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: what"),
+        (["cats"], "invalid choice: 'cats'"),
+        (["digits", "--steps", "0"], "argument --steps: must be in [1, 10000000], got 0"),
+        (["digits", "--seed", "x"], "argument --seed: must be an integer, got 'x'"),
+        (["digits", "--out", "absent/w.safetensors"], "its folder absent does not exist"),
+        (["digits", "--out", "w.pt"], "argument --out: must end in .safetensors, got 'w.pt'"),
+    ],
+)
+def test_wrong_training_options_are_named(capsys, monkeypatch, words, message):
+    def never(*args, **keywords):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(digits, "train", never)
+    assert cli.main(["train", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastdiff {fd.__version__}\n"
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for command in ("sample", "train", "info", "build"):
+        assert command in said
+        assert cli.main([command, "--help"]) == 0
+    assert cli.main([]) == 2
+    assert "required: command" in capsys.readouterr().err
+
+
+def test_info_names_every_backend(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    for name in fd.backends.names():
+        assert name in said
+
+
+def test_build_says_where_the_library_is(capsys):
+    if fd.backends.probe("native", torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("no native backend on this machine")
+    assert cli.main(["build"]) == 0
+    paths = capsys.readouterr().out.split()
+    assert paths
+    assert all(os.path.isfile(path) for path in paths)
+
+
+def test_failed_build_says_why(capsys, monkeypatch):
+    def fails(**keywords):
+        assert keywords == {"force": True, "verbose": False}
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fd.backends.native, "build", fails)
+    assert cli.main(["build", "--force"]) == 1
+    assert "fastdiff build: failed: no compiler" in capsys.readouterr().err
+
+
+def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
+    def interrupted(*args, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fd, "sample", interrupted)
+    assert cli.main(["sample", *QUICK]) == 130
+    assert capsys.readouterr().err == "fastdiff sample: interrupted\n"
+
+
+def test_as_a_process(own_folder):
+    done = run_process("sample", *QUICK, "--out", "process.png")
+    assert done.returncode == 0, done.stderr
+    assert "wrote     process.png" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert cli.main(["sample", *QUICK, "--out", "here.png"]) == 0
+    assert (own_folder / "process.png").read_bytes() == (own_folder / "here.png").read_bytes()
+    refused = run_process("sample", "--steps", "0")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "argument --steps" in refused.stderr
+
+
+# pictures
+
+
+def test_rows_are_labelled():
+    x = -torch.ones(2, 1, 8, 8)
+    grid = pictures.Grid(("3", "7"), 1)
+    picture = pictures.draw_grid(x, grid)
+    left = (grid.margin, grid.margin + grid.header)
+    right = (grid.margin + grid.gutter, grid.size[1] - grid.margin)
+    column = picture.crop((*left, *right))
+    halves = (
+        column.crop((0, 0, grid.gutter, grid.tile)),
+        column.crop((0, grid.tile + grid.gap, grid.gutter, 2 * grid.tile + grid.gap)),
+    )
+    assert all(half.getextrema()[0] < 200 for half in halves)  # there is text in both,
+    assert halves[0].tobytes() != halves[1].tobytes()  # and not the same
+
+
+def test_ink_is_dark_and_out_of_range_is_clamped():
+    x = torch.full((1, 1, 8, 8), -1.0)
+    x[0, 0, 0] = torch.tensor([-1.0, 1.0, 0.0, -9.0, 9.0, torch.nan, torch.inf, -torch.inf])
+    grid = pictures.Grid(("0",), 1)
+    picture = pictures.draw_grid(x, grid)
+    left, top = grid.corner(0, 0)
+    row = [picture.getpixel((left + k * grid.scale, top)) for k in range(8)]
+    assert row == [243, 30, 136, 243, 30, 243, 30, 243]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (4, 3, 8, 8), (4, 1, 8, 7), (4, 8, 8)])
+def test_samples_that_do_not_fill_the_grid_are_refused(shape):
+    with pytest.raises(ValueError, match=r"samples must have shape \(4, 1, 8, 8\)"):
+        pictures.draw_grid(torch.zeros(shape), pictures.Grid(("0", "1"), 2))
+
+
+def test_empty_grids_and_animations_are_refused(own_folder):
+    with pytest.raises(ValueError, match="at least one label"):
+        pictures.Grid((), 1)
+    with pytest.raises(ValueError, match="count 0"):
+        pictures.Grid(("0",), 0)
+    with pytest.raises(ValueError, match="at least one frame"):
+        pictures.save_gif([], own_folder / "x.gif")
+
+
+def test_png_is_the_picture(own_folder):
+    picture = pictures.draw_grid(torch.rand(1, 1, 8, 8), pictures.Grid(("0",), 1), "a title")
+    path = pictures.save_png(picture, own_folder / "x.png")
+    with Image.open(io.BytesIO(path.read_bytes())) as back:
+        assert back.tobytes() == picture.tobytes()

@@ -1,0 +1,270 @@
+"""The native CPU kernels against the reference, as integers, at every SIMD level of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.backends import build as builder
+from fastdiff.backends import native
+from fastdiff.noise import normals
+from fastdiff.ops.step import HEADER, StepSpec
+
+KNOWN = json.loads((Path(__file__).parent / "data" / "noise_kat.json").read_text())
+CPU = torch.device("cpu")
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+reason = native.probe(CPU, torch.float32)
+pytestmark = pytest.mark.skipif(reason is not None, reason=f"no native CPU library: {reason}")
+
+
+@pytest.fixture(params=["none"] if reason else native.isa_levels(), autouse=True)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = native.isa()
+    yield native.isa(request.param)
+    native.isa(best)
+
+
+def op(backend: str, name: str) -> Any:
+    return getattr(getattr(torch.ops, f"fastdiff_{backend}"), name).default
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """As integers; every NaN alike."""
+    view = torch.where(tensor.isnan(), torch.nan, tensor.double()).to(tensor.dtype)
+    return view.view(INTEGERS[tensor.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    wrong = bits(actual) != bits(expected)
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        pair = actual[tuple(where)].item(), expected[tuple(where)].item()
+        pytest.fail(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {where}: {pair}")
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Contiguous, full of NaN, `offset` elements off its storage's alignment."""
+    count = torch.Size(shape).numel()
+    return torch.full((count + offset,), torch.nan, dtype=dtype)[offset:].reshape(shape)
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+    return poisoned(shape, dtype, offset).copy_(torch.randn(shape) * 3)
+
+
+# ---- noise
+
+
+def test_normals_of_the_known_answers() -> None:
+    for case in KNOWN["cases"]:
+        first, n = case["first_element"], case["n"]
+        out = poisoned((1, n), torch.float32)
+        seed = (case["seed"] ^ 1 << 63) - (1 << 63)
+        op("native", "randn")(
+            out, None, seed, case["sample"], case["step"], case["stream"], first // 4, False
+        )
+        words = out.view(torch.int32)[0].to(torch.int64) & 0xFFFFFFFF
+        known = [int(word, 16) for word in case["normal_bits"]]
+        assert words[: len(known)].tolist() == known
+        assert int(words.sum()) == int(case["sum_of_normal_bits_mod_2_64"])
+
+
+def test_box_muller_of_the_known_pairs() -> None:
+    pairs = [[int(word, 16) for word in pair] for pair in KNOWN["pairs"]]
+    library = ctypes.CDLL(str(builder.build(builder.cpu_target())))
+    n = len(pairs)
+    words = ctypes.c_uint32 * n
+    a, b = words(*(pair[0] for pair in pairs)), words(*(pair[1] for pair in pairs))
+    z0, z1 = words(), words()
+    library.fastdiff_box_muller(a, b, z0, z1, ctypes.c_int64(n))
+    assert list(z0) == [pair[2] for pair in pairs]
+    assert list(z1) == [pair[3] for pair in pairs]
+
+
+def test_samples_of_odd_sizes_in_float32_and_bfloat16() -> None:
+    known = KNOWN["odd_ranges"]
+    for dtype, key, mask in ((torch.float32, "normal_bits", -1), (torch.bfloat16, "bf16_bits", -1)):
+        out = poisoned((3, 7), dtype)
+        op("native", "randn")(out, None, 99, 5, 6, 1, 0, False)
+        width = 1 << 8 * out.element_size()
+        words = [word % width for word in out.view(INTEGERS[out.element_size()]).flatten().tolist()]
+        assert words == [int(word, 16) & mask for word in known[key]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_randn_equals_the_reference(dtype: torch.dtype) -> None:
+    keys = torch.tensor([[-1, 3], [2**40 + 5, 2**32 - 1], [0, 0]])
+    for n in (1, 3, 127, 128, 129, 512, 515, 1029):
+        for first_block in (0, 1, 2**32 - 300):
+            out, expected = poisoned((3, n), dtype, offset=1), poisoned((3, n), dtype)
+            arguments = (keys, 0, 0, 2**32 - 1, 7, first_block, False)
+            op("native", "randn")(out, *arguments)
+            op("reference", "randn")(expected, *arguments)
+            assert_same_bits(out, expected, f"n={n} first_block={first_block}")
+
+
+# ---- conversions
+
+
+def identity_step(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` through the step 1 * S0 into `dtype`."""
+    spec = StepSpec(states=1, outputs=(1,))
+    table = torch.zeros(1, spec.width)
+    table[0, len(HEADER) + 2] = 1.0
+    out = poisoned(tuple(value.shape), dtype)
+    rows = torch.zeros(1, dtype=torch.int64)
+    none = (None, None, None, None)
+    op("native", "step")(
+        [value], [], [], table, rows, *none, spec.encoded, [0, 0, 0, 0], [out], None
+    )
+    return out
+
+
+def test_every_16_bit_pattern_reads_as_torch_reads_it() -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        value = patterns.view(dtype)[None]
+        assert_same_bits(identity_step(value, torch.float32), value.float(), str(dtype))
+        assert_same_bits(identity_step(value, dtype), value, str(dtype))
+
+
+def test_float32_rounds_to_16_bits_as_torch_rounds_it() -> None:
+    # Every exponent and sign, with mantissas at and around each tie of both types.
+    exponents = torch.arange(512, dtype=torch.int64) << 23
+    low = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000])
+    high = torch.tensor([0, 0x10000, 0x18000, 0x7F0000, 0x7FE000, 0x7F8000, 0x400000])
+    mantissas = torch.cat([(high[:, None] | low).flatten(), 1 << torch.arange(23)])
+    mantissas = torch.cat([mantissas, mantissas - 1, mantissas + 1]).clamp(0, 0x7FFFFF)
+    words = (exponents[:, None] | mantissas.unique()).flatten()
+    value = words.to(torch.int32).view(torch.float32)[None]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_same_bits(identity_step(value, dtype), value.to(dtype), str(dtype))
+
+
+# ---- step
+
+
+class Case:
+    """A random step: structure, table and tensors drawn from one seed."""
+
+    def __init__(self, seed: int, compute: torch.dtype, batch: int, n: int, offset: int = 0):
+        choose = random.Random(seed)
+        torch.manual_seed(seed)
+        states, draws = choose.randint(1, 4), choose.randint(0, 2)
+        models = choose.randint(0, 2)
+        learned = models > 0 and draws > 0 and choose.random() < 0.4
+        clamped = choose.random() < 0.5
+        model_bit, clamp_bit = 1 << states, 1 << states + 1
+        readable = (1 << states + 2 + draws) - 1
+        readable &= ~(0 if models else model_bit) & ~(0 if clamped else clamp_bit)
+        masks = [choose.getrandbits(16) & readable for _ in range(choose.randint(1, 3))]
+        clamp_mask = None
+        if clamped:
+            below = (1 << states) - 1 | (model_bit if models else 0)
+            noise_bits = ((1 << draws) - 1) << states + 1
+            clamp_mask = choose.getrandbits(16) & (below | noise_bits)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if compute == torch.float64:
+            dtypes = DTYPES
+        mixed = choose.random() < 0.5
+        common = choose.choice(dtypes)
+
+        def dtype() -> torch.dtype:
+            return choose.choice(DTYPES) if mixed else common
+
+        self.spec = StepSpec(
+            states=states, outputs=tuple(masks), clamp=clamp_mask, draws=draws,
+            noise_dtype=common, learned=learned,
+        )  # fmt: skip
+        shape = (batch, n, 1)
+        self.states = [filled(shape, dtype(), offset) for _ in range(states)]
+        model_shape = (batch, 2 * n, 1) if learned else shape
+        model_dtype = dtype()
+        self.model_outputs = [filled(model_shape, model_dtype, offset) for _ in range(models)]
+        self.seeded = choose.random() < 0.6
+        noise_dtype = dtype()
+        self.noise = [filled(shape, noise_dtype) for _ in range(0 if self.seeded else draws)]
+        self.table = torch.randn(5, self.spec.width, dtype=torch.float64).to(compute)
+        zeros = torch.rand(5, self.spec.width) < 0.25
+        zeros[:, : len(HEADER)] = False
+        self.table[zeros] = 0.0
+        self.table[:, 0] = -self.table[:, 1].abs()
+        self.table[:, 1] = self.table[:, 1].abs()
+        self._poison_what_no_row_reads()
+        per_sample = choose.random() < 0.5
+        self.rows = torch.randint(-1, 6, (batch if per_sample else 1,))
+        if not per_sample:
+            self.rows.clamp_(0, 4)
+        self.keys = torch.randint(-(2**62), 2**62, (batch, 2)) if choose.random() < 0.5 else None
+        if self.keys is not None:
+            self.keys[:, 1] &= 0xFFFFFFFF
+        self.draws = torch.randint(0, 2**32, (5, draws, 2)) if choose.random() < 0.5 else None
+        self.guidance = None
+        if models == 2:
+            self.guidance = torch.randn(choose.choice((1, batch)))
+        self.threshold = None
+        if clamped and choose.random() < 0.5:
+            self.threshold = torch.rand(choose.choice((1, batch))) + 0.5
+        self.counter = [choose.getrandbits(62), choose.randint(0, 9), 3, 1]
+        self.out_dtypes = [dtype() for _ in masks]
+        self.input_copies, self.input_dtype = choose.choice((0, 1, 2)), dtype()
+        self.offset = offset
+
+    def _poison_what_no_row_reads(self) -> None:
+        """NaN in every tensor and table column that the masks leave out."""
+        spec, header = self.spec, len(HEADER)
+        used = 0
+        table_columns = [(spec.clamp or 0, header, spec.columns - 1)]
+        for r, mask in enumerate(spec.outputs):
+            used |= mask
+            first = header + spec.columns - 1 + r * spec.columns
+            table_columns.append((mask, first, spec.columns))
+        for mask, first, count in table_columns:
+            for column in range(count):
+                if not mask >> column & 1:
+                    self.table[:, first + column] = torch.nan
+        used |= spec.clamp or 0
+        for k, state in enumerate(self.states):
+            if not used >> k & 1:
+                state.fill_(torch.nan)
+
+    def run(
+        self, backend: str, out: list[Tensor] | None = None, model_input: Tensor | None = None
+    ) -> list[Tensor]:
+        shape = tuple(self.states[0].shape)
+        if out is None:
+            out = [poisoned(shape, dtype, self.offset) for dtype in self.out_dtypes]
+        if model_input is None and self.input_copies:
+            batch = self.input_copies * shape[0]
+            model_input = poisoned((batch, *shape[1:]), self.input_dtype, self.offset)
+        op(backend, "step")(
+            self.states, self.model_outputs, self.noise, self.table, self.rows, self.keys,
+            self.draws, self.guidance, self.threshold, self.spec.encoded, self.counter, out,
+            model_input,
+        )  # fmt: skip
+        return out + ([] if model_input is None else [model_input])
+
+    def check(self, what: str) -> None:
+        for k, (actual, expected) in enumerate(
+            zip(self.run("native"), self.run("reference"), strict=True)
+        ):
+            assert_same_bits(actual, expected, f"{what} output {k} {self.spec}")
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+def test_random_steps_equal_the_reference(compute: torch.dtype) -> None:
+    sizes = ((1, 1), (3, 7), (2, 128), (2, 300), (1, 512), (2, 1027))
+    for seed in range(120):
+        batch, n = sizes[seed % len(sizes)]
+        Case(seed, compute, batch, n, offset=seed % 3).check(f"seed {seed} n={n}")

@@ -1,9 +1,9 @@
 """fastdiff: diffusion samplers as data, run by fused kernels.
 
-    import fastdiff as fd
-    schedule = fd.schedules.linear(1000)
-    plan = fd.solvers.ddim(schedule, steps=50)
-    x = fd.sample(model, plan, shape=(16, 3, 64, 64), seed=0)
+import fastdiff as fd
+schedule = fd.schedules.linear(1000)
+plan = fd.solvers.ddim(schedule, steps=50)
+x = fd.sample(model, plan, shape=(16, 3, 64, 64), seed=0)
 """
 
 __version__ = "0.1.0"

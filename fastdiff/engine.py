@@ -1,8 +1,8 @@
 """The one sampling loop: a model, a plan, a run.
 
-    plan    what to compute (immutable, shared between threads)        fastdiff/plan.py
-    Run     one run's state: x, history, row index, noise source
-    Sampler the loop around a model
+plan    what to compute (immutable, shared between threads)        fastdiff/plan.py
+Run     one run's state: x, history, row index, noise source
+Sampler the loop around a model
 """
 
 from __future__ import annotations
@@ -107,8 +107,11 @@ class Run:
             )
         self._keys: Tensor | None = None
         if seed is not None or not given:
-            keys, low, offset = resolve_seed(seed or 0, sample_offset, batch, device) \
-                if not isinstance(seed, Tensor) else resolve_seed(seed, sample_offset, batch, device)
+            keys, low, offset = (
+                resolve_seed(seed or 0, sample_offset, batch, device)
+                if not isinstance(seed, Tensor)
+                else resolve_seed(seed, sample_offset, batch, device)
+            )
             if keys is None:
                 samples = torch.arange(offset, offset + batch, device=device)
                 keys = torch.stack([torch.full_like(samples, low), samples], dim=1)
@@ -204,7 +207,9 @@ class Run:
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
             results = [
-                self._states[k] if self._in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+                self._states[k]
+                if self._in_place
+                else torch.empty_like(x, memory_format=torch.contiguous_format)
                 for k in changing
             ]
             if self.preview:

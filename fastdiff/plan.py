@@ -135,9 +135,7 @@ class SolverPlan:
     def changing(self) -> tuple[int, ...]:
         """Indices of the states that some row changes; the others are only read."""
         identity = np.eye(self.states, self.A.shape[2])
-        return tuple(
-            k for k in range(self.states) if k == 0 or (self.A[:, k] != identity[k]).any()
-        )
+        return tuple(k for k in range(self.states) if k == 0 or (self.A[:, k] != identity[k]).any())
 
     @cached_property
     def draws_noise(self) -> NDArray[np.bool_]:
@@ -284,7 +282,7 @@ class SolverPlan:
         return "\n".join(lines)
 
     def traffic(self, row: int) -> tuple[list[str], list[str]]:
-        """Names of the full-size tensors that a row reads and writes (x, s1.., o; noise excluded)."""
+        """Names of the full-size tensors (x, s1.., o) that a row reads and writes."""
         names = ["x", *(f"s{k}" for k in range(1, self.states)), "o"]
         used = np.zeros(self.states + 1, dtype=bool)
         clamp_used = False

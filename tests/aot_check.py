@@ -37,6 +37,7 @@ def inspect(compiled) -> dict[str, object]:
 
     contracted: FMAs, but for those that make up a square root, which only machine code has; so
     AMD's is looked at where there is none.
+    nan_dropping: minima and maxima, whose NaN numpy, and so the interpreter, passes on.
     narrow: accesses of 8 or 16 bits. wide: accesses of 128 bits.
     """
     usage = aot.usage(compiled)
@@ -57,6 +58,7 @@ def inspect(compiled) -> dict[str, object]:
             compiled.asm["ptx"],
             contracted=r"\bfma\.",
             approximate=r"\.approx|div\.full",
+            nan_dropping=r"\b(?:min|max)\.f32",
             flushing=r"\.ftz",
             narrow=r"(?:ld|st)\.global[.\w]*\.[bus](?:8|16)\b",
             wide=r"(?:ld|st)\.global[.\w]*\.v4\.b32",
@@ -66,6 +68,7 @@ def inspect(compiled) -> dict[str, object]:
             count(compiled.asm["amdgcn"], contracted=r"v_(?:pk_)?(?:fma|mac|mad)\w*_f32")
         count(
             compiled.asm["amdgcn"],
+            nan_dropping=r"v_(?:min|max|med3)\w*_f32",
             flushing=r"float_denorm_mode_32 [^3]",
             narrow=r"(?:load|store)_(?:ubyte|sbyte|byte|ushort|sshort|short)",
             wide=r"(?:load|store)_dwordx4",

@@ -1,9 +1,9 @@
 """Backends under test: every implementation that this machine can execute.
 
-    reference             the definition
-    native-<level>        the CPU kernels at every instruction level of this machine
-    cuda_host             csrc/cuda compiled by g++ and run on the host
-    triton                the Triton kernels in Triton's interpreter
+reference             the definition
+native-<level>        the CPU kernels at every instruction level of this machine
+cuda_host             csrc/cuda compiled by g++ and run on the host
+triton                the Triton kernels in Triton's interpreter
 """
 
 from __future__ import annotations
@@ -62,8 +62,12 @@ def cuda_host() -> str:
     if "cuda_host" not in fd.backends.names():
         cuda_host.library = define("cuda_host")  # type: ignore[attr-defined]
         torch.ops.load_library(build.build(build.cuda_host_target()))
-        fd.backends.register("cuda_host", lambda device, dtype: (
-            "the CUDA kernels have no float64" if dtype == torch.float64 else None))
+        fd.backends.register(
+            "cuda_host",
+            lambda device, dtype: (
+                "the CUDA kernels have no float64" if dtype == torch.float64 else None
+            ),
+        )
     return "cuda_host"
 
 

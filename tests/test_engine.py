@@ -195,16 +195,21 @@ def test_input_scale_history_and_fractional_t(backend):
 def test_channels_last_latents(assert_same_bits):
     x_T = fd.randn((2, 3, 4, 5), 1)
     last = x_T.to(memory_format=torch.channels_last)
-    assert_same_bits(fd.sample(model, DDPM, x_T=last, seed=1), fd.sample(model, DDPM, x_T=x_T, seed=1))
+    assert_same_bits(
+        fd.sample(model, DDPM, x_T=last, seed=1), fd.sample(model, DDPM, x_T=x_T, seed=1)
+    )
 
     def last_model(x, t):
         return model(x, t).to(memory_format=torch.channels_last)
 
-    assert_same_bits(fd.sample(last_model, DDPM, x_T=x_T, seed=1), fd.sample(model, DDPM, x_T=x_T, seed=1))
+    assert_same_bits(
+        fd.sample(last_model, DDPM, x_T=x_T, seed=1), fd.sample(model, DDPM, x_T=x_T, seed=1)
+    )
 
 
 def test_gradients_flow_through_steps(backend):
     """DRaFT-style: d x_0 / d parameter through every step equals the reference's autograd."""
+
     def run_with(scale):
         run = fd.Sampler(DDPM).start(shape=(1, 4), seed=0, dtype=torch.float32)
         while not run.done:

@@ -40,9 +40,9 @@ class Paper:
 
 
 def data(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def column(values, x):
@@ -52,7 +52,11 @@ def column(values, x):
 def assert_rounded(actual, expected, dtype, terms):
     """One rounding of the result to the dtype, and the roundings of the math (terms below 4)."""
     math_eps = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
-    bound = np.abs(expected) * EPS[dtype] + 2.0**-25 * (dtype == torch.float16) + 4 * (2 * terms + 2) * math_eps
+    bound = (
+        np.abs(expected) * EPS[dtype]
+        + 2.0**-25 * (dtype == torch.float16)
+        + 4 * (2 * terms + 2) * math_eps
+    )
     assert (np.abs(actual.double().numpy() - expected) <= bound).all()
 
 
@@ -113,7 +117,9 @@ def test_posterior_is_the_papers_formula(backend, dtype):
     np.testing.assert_allclose(got, np.broadcast_to(var, got.shape), rtol=2 * EPS[dtype] + 1e-13)
     clipped = np.log(np.where(tt == 0, Paper.posterior(0, 0, 1)[1], var))
     np.testing.assert_allclose(
-        log_variance.double().numpy(), np.broadcast_to(clipped, got.shape), rtol=2 * EPS[dtype] + 1e-13
+        log_variance.double().numpy(),
+        np.broadcast_to(clipped, got.shape),
+        rtol=2 * EPS[dtype] + 1e-13,
     )
 
 
@@ -410,4 +416,6 @@ def test_any_shape_dtype_and_layout(data_):
         native, reference = (native,), (reference,)
     for a, b in zip(native, reference, strict=True):
         assert a.dtype == dtype and a.shape == x.shape
-        assert torch.equal(a.flatten().clone().view(torch.uint8), b.flatten().clone().view(torch.uint8))
+        assert torch.equal(
+            a.flatten().clone().view(torch.uint8), b.flatten().clone().view(torch.uint8)
+        )

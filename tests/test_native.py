@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastdiff.backends import build as builder
 from fastdiff.backends import native
-from fastdiff.noise import normals
 from fastdiff.ops.step import HEADER, StepSpec
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "noise_kat.json").read_text())
@@ -268,3 +267,142 @@ def test_random_steps_equal_the_reference(compute: torch.dtype) -> None:
     for seed in range(120):
         batch, n = sizes[seed % len(sizes)]
         Case(seed, compute, batch, n, offset=seed % 3).check(f"seed {seed} n={n}")
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+def test_outputs_may_be_the_states_they_replace(compute: torch.dtype) -> None:
+    aliased = 0
+    for seed in range(80):
+        batch, n = ((2, 5), (2, 256), (1, 1500))[seed % 3]
+        case = Case(seed, compute, batch, n)
+        case.out_dtypes = [  # as many outputs as possible take the place of a state
+            case.states[r % len(case.states)].dtype for r in range(len(case.out_dtypes))
+        ]
+        expected = case.run("reference")
+        places = list(range(len(case.states)))
+        random.Random(seed).shuffle(places)  # also out[0] in the place of another state
+        out = []
+        for dtype in case.out_dtypes:
+            match = next((k for k in places if case.states[k].dtype == dtype), None)
+            if match is None:
+                out.append(poisoned((batch, n, 1), dtype))
+            else:
+                places.remove(match)
+                out.append(case.states[match])
+                aliased += 1
+        for actual, wanted in zip(case.run("native", out=out), expected, strict=True):
+            assert_same_bits(actual, wanted, f"seed {seed} {case.spec}")
+    assert aliased > 100
+
+
+def test_the_model_input_may_replace_a_state() -> None:
+    for seed in range(40):
+        case = Case(seed, torch.float32, 2, 300)
+        case.input_copies, case.input_dtype = 1, case.states[0].dtype
+        expected = case.run("reference")
+        for actual, wanted in zip(
+            case.run("native", model_input=case.states[0]), expected, strict=True
+        ):
+            assert_same_bits(actual, wanted, f"seed {seed} {case.spec}")
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    for seed in range(8):
+        case = Case(seed, torch.float32, 3, 70001)
+        torch.set_num_threads(1)
+        try:
+            expected = case.run("native")
+            torch.set_num_threads(2)
+            actual = case.run("native")
+        finally:
+            torch.set_num_threads(threads)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b, f"seed {seed}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_larger_than_the_caches(dtype: torch.dtype) -> None:
+    # Guidance without noise: the path that stores past the caches.
+    n = (32 << 20) // dtype.itemsize // 2 + 192
+    spec = StepSpec(states=1, outputs=(0b11,))
+    table = torch.randn(2, spec.width)
+    x, uncond, cond = (torch.randn(2, n).to(dtype) for _ in range(3))
+    arguments = (
+        [x], [uncond, cond], [], table, torch.tensor([1, 0]), None, None, torch.tensor([7.5]),
+        None, spec.encoded, [0, 0, 0, 0],
+    )  # fmt: skip
+    out, expected = poisoned((2, n), dtype), poisoned((2, n), dtype)
+    op("native", "step")(*arguments, [out], None)
+    a, b = (table[[1, 0], len(HEADER) + 2 + k, None] for k in (0, 1))
+    u, c = uncond.float(), cond.float()
+    expected = (a * x.float() + b * (u + 7.5 * (c - u))).to(dtype)
+    assert torch.equal(out.view(INTEGERS[dtype.itemsize]), expected.view(INTEGERS[dtype.itemsize]))
+
+
+# ---- chain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seeded", [True, False])
+def test_chain_equals_the_reference(dtype: torch.dtype, seeded: bool) -> None:
+    steps = 6
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.rand(steps, 2, dtype=torch.float64).to(compute)
+    table[2, 0] = table[3, 1] = 0.0
+    slots = torch.tensor([0, -1, 2, 1, -1, 3])
+    for batch, n in ((1, 1), (2, 7), (2, 300), (1, 2050)):
+        x = filled((batch, n), dtype, offset=1)
+        noise = None if seeded else filled((steps, batch, n), torch.float32)
+        out, expected = (poisoned((4, batch, n), dtype) for _ in range(2))
+        arguments = (x, noise, table, slots, None, -3, 5, False)
+        op("native", "chain")(*arguments, out)
+        op("reference", "chain")(*arguments, expected)
+        assert_same_bits(out, expected, f"batch={batch} n={n}")
+
+
+# ---- the module
+
+
+def test_an_unknown_level_is_refused_with_the_known_ones() -> None:
+    before = native.isa()
+    with pytest.raises(RuntimeError, match=r"isa must be one of .*portable, not sse9"):
+        native.isa("sse9")
+    assert native.isa() == before
+
+
+def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not for meta" in str(native.probe(torch.device("meta"), torch.float32))
+    assert "not in torch.bfloat16" in str(native.probe(CPU, torch.bfloat16))
+    monkeypatch.setattr(native, "_state", {})
+    monkeypatch.setenv("FASTDIFF_NATIVE", "0")
+    assert native.probe(CPU, torch.float32) == "switched off by FASTDIFF_NATIVE=0"
+    monkeypatch.setenv("FASTDIFF_NATIVE", "1")
+    monkeypatch.setattr(native, "_state", {})
+
+    def no_compiler(*_: object, **__: object) -> Path:
+        raise builder.BuildError("no C++ compiler")
+
+    monkeypatch.setattr(builder, "build", no_compiler)
+    assert native.probe(CPU, torch.float32) == "build failed: no C++ compiler"
+    with pytest.raises(RuntimeError, match="no native CPU kernels: build failed"):
+        native.isa()
+
+
+def test_empty_batches_and_samples_write_nothing() -> None:
+    for shape in ((0, 5), (3, 0)):
+        out = poisoned(shape, torch.float32)
+        op("native", "randn")(out, None, 0, 0, 0, 0, 0, False)
+        op("native", "chain")(
+            out, None, torch.ones(2, 2), torch.tensor([0, 1]), None, 0, 0, False,
+            poisoned((2, *shape), torch.float32),
+        )  # fmt: skip
+
+
+def test_normals_near_the_end_of_the_largest_sample() -> None:
+    first_block = 2**32 - 2
+    out = poisoned((1, 8), torch.float32)
+    op("native", "randn")(out, None, 7, 1, 2, 3, first_block, False)
+    whole = poisoned((1, 4 * 600), torch.float32)
+    op("reference", "randn")(whole, None, 7, 1, 2, 3, 2**32 - 600, False)
+    assert_same_bits(out, whole[:, -8:])

@@ -27,7 +27,7 @@ def hex_bits(words: list[str], dtype: torch.dtype = torch.int32) -> torch.Tensor
 
 
 def test_known_answers(known_answers, backend):
-    """Every stored block, by the operation itself; one block lies at the end of a sample's range."""
+    """Every stored block, by the operation itself; one lies at the end of a sample's range."""
     for case in known_answers["cases"]:
         block, inside = divmod(case["first_element"], 4)
         z = torch.full((1, inside + case["n"]), torch.nan)

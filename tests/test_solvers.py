@@ -43,7 +43,9 @@ def paper_ddpm(x, outputs, z, kept, prediction, variance, clip):
         x0 = paper_x0(prediction, x, out, abar)
         if clip is not None:
             x0 = np.clip(x0, *clip)
-        mean = (np.sqrt(abar_prev) * beta * x0 + np.sqrt(1 - beta) * (1 - abar_prev) * x) / (1 - abar)
+        mean = (np.sqrt(abar_prev) * beta * x0 + np.sqrt(1 - beta) * (1 - abar_prev) * x) / (
+            1 - abar
+        )
         tilde = beta * (1 - abar_prev) / (1 - abar)
         if variance == "fixed_small":
             sigma = np.sqrt(tilde)
@@ -96,7 +98,9 @@ def test_ddpm_is_the_papers_algorithm(prediction, variance, clip):
         out, v = network(t.view(-1, 1, 1).to(x.dtype), x)
         return torch.cat([out, v], dim=1) if variance == "learned_range" else out
 
-    got, trajectory = fd.sample(model, plan, x_T=x_T, noise=lambda i, k: z[i], return_trajectory=True)
+    got, trajectory = fd.sample(
+        model, plan, x_T=x_T, noise=lambda i, k: z[i], return_trajectory=True
+    )
     expected = paper_ddpm(x_T.numpy(), network, z.numpy(), KEPT, prediction, variance, clip)
     for step, state in enumerate(expected):
         np.testing.assert_allclose(trajectory[step + 1].numpy(), state, rtol=1e-11, atol=1e-11)

@@ -364,7 +364,14 @@ def test_kernels_compile_for_every_gpu():
     for result in results:
         found = [
             reason
-            for reason in ("spilled", "contracted", "approximate", "flushing", "narrow")
+            for reason in (
+                "spilled",
+                "contracted",
+                "approximate",
+                "flushing",
+                "nan_dropping",
+                "narrow",
+            )
             if result.get(reason)
         ]
         assert not found, (found, result)

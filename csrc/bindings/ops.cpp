@@ -59,8 +59,8 @@ void launch(int (*launcher)(const Params&, void*), const Params& params, const T
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launcher(params, stream);
-  STD_TORCH_CHECK(error == 0, "kernel launch failed: ",
-                  cudaGetErrorString(static_cast<cudaError_t>(error)));
+  STD_TORCH_CHECK(error == 0,
+                  "kernel launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 #else
   (void)where;
   launcher(params, nullptr);
@@ -131,8 +131,8 @@ void step(std::vector<Tensor> states, std::vector<Tensor> model_outputs, std::ve
   p.table_rows = table.size(0);
   p.table_width = table.size(1);
   const int64_t columns = p.states + 2 + p.draws;
-  STD_TORCH_CHECK(p.table_width == kHeader + columns - 1 + p.outputs * columns,
-                  "table has ", p.table_width, " columns, which is not the width of this spec");
+  STD_TORCH_CHECK(p.table_width == kHeader + columns - 1 + p.outputs * columns, "table has ",
+                  p.table_width, " columns, which is not the width of this spec");
   STD_TORCH_CHECK(p.table_rows > 0, "table must have a row");
   p.rows = static_cast<const int64_t*>(rows.data_ptr());
   p.rows_stride = batch_stride(rows);

@@ -60,8 +60,7 @@ __attribute__((noinline)) void chain_blocks(const ChainParams& p, int64_t first,
       }
       for (int i = 0; i < padded; i += kGroup) chain_group(a, scale, noise, i, x);
       if (p.slots[t] >= 0)
-        memcpy(static_cast<S*>(p.out.data) + p.slots[t] * p.batch * p.n + element, x,
-               bytes(count));
+        memcpy(static_cast<S*>(p.out.data) + p.slots[t] * p.batch * p.n + element, x, bytes(count));
     }
   }
 }

@@ -76,9 +76,8 @@ int run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, i
   if (blocks <= grain_blocks) {
     kernel(params, 0, blocks);
   } else {
-    torch::stable::parallel_for(0, blocks, grain_blocks, [&](int64_t first, int64_t last) {
-      kernel(params, first, last);
-    });
+    torch::stable::parallel_for(0, blocks, grain_blocks,
+                                [&](int64_t first, int64_t last) { kernel(params, first, last); });
   }
   return 0;
 }
@@ -123,8 +122,10 @@ int launch_chain(const ChainParams& params, void*) {
 }  // namespace fastdiff
 
 // Test entry: see Kernels::box_muller.
-extern "C" __attribute__((visibility("default"))) void fastdiff_box_muller(
-    const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
+extern "C" __attribute__((visibility("default"))) void fastdiff_box_muller(const uint32_t* a,
+                                                                           const uint32_t* b,
+                                                                           float* z0, float* z1,
+                                                                           int64_t n) {
   fastdiff::kernels().box_muller(a, b, z0, z1, n);
 }
 

@@ -14,6 +14,9 @@ FD_HD Vector<uint32_t, N> widen(Vector<uint16_t, N> narrow) {
 #if defined(FD_AVX512)
   if constexpr (N == 16) return (Vector<uint32_t, 16>)_mm512_cvtepu16_epi32((__m256i)narrow);
 #endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return (Vector<uint32_t, 8>)_mm256_cvtepu16_epi32((__m128i)narrow);
+#endif
   return __builtin_convertvector(narrow, Vector<uint32_t, N>);
 }
 
@@ -116,11 +119,9 @@ FD_HD void store(f16_t* p, Vector<float, N> value) {
   if constexpr (N == 4)
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
                      _mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT));
-  if constexpr (N == 8)
-    store_vector(p, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 8) store_vector(p, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #if defined(FD_AVX512)
-  if constexpr (N == 16)
-    store_vector(p, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 16) store_vector(p, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 #endif
 #else
   using U = Vector<uint32_t, N>;
@@ -179,7 +180,9 @@ struct Place {
   DType dtype;
 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 // float64 tensors under a float32 table: rare, so kept out of the code of the other types.
 __attribute__((noinline)) inline void floats_of(const double* p, float* floats) {

@@ -26,8 +26,8 @@ constexpr CounterOffsets counter_offsets() {
   for (int chain = 0; chain < Lanes::kChains; ++chain) {
     for (int i = 0; i < Lanes::kCount / 2; ++i) {
       const int lane = 2 * i + chain % 2;
-      const int counter = std::is_same_v<S, bf16_t> ? Lanes::counter_of_pairs(lane)
-                                                    : Lanes::counter_of(lane);
+      const int counter =
+          std::is_same_v<S, bf16_t> ? Lanes::counter_of_pairs(lane) : Lanes::counter_of(lane);
       offsets.of[chain][i] = chain / 2 * Lanes::kCount + counter;
     }
   }

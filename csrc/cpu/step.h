@@ -75,14 +75,12 @@ class StepKernel {
       inverse_bound_ = static_cast<T>(1) / high_;
     }
     const T* coefficients = table + kHeader;
-    if (p_.clamp_mask >= 0)
-      compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamp_);
+    if (p_.clamp_mask >= 0) compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamp_);
     coefficients += p_.states + 1 + p_.draws;
     for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws) {
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
       if constexpr (std::is_same_v<T, float>)
-        uniform_[r] =
-            staged_ ? nullptr : uniform_sum_for(rows_[r], p_.out[r].dtype, streams(r));
+        uniform_[r] = staged_ ? nullptr : uniform_sum_for(rows_[r], p_.out[r].dtype, streams(r));
     }
     if (!p_.seeded) return;
     for (int k = 0; k < p_.draws; ++k) {
@@ -277,8 +275,7 @@ class StepKernel {
 
   void write(const Place* targets, const Place* inputs, int copies, int64_t padded) {
     if (staged_) {  // every row of the block before any of it is stored
-      for (int r = 0; r < p_.outputs; ++r)
-        write_row(r, place(scratch_.staged[r]), padded);
+      for (int r = 0; r < p_.outputs; ++r) write_row(r, place(scratch_.staged[r]), padded);
       for (int r = 0; r < p_.outputs; ++r) {
         for (int64_t i = 0; i < padded; i += kGroup) {
           Group<T> value;

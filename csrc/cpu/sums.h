@@ -57,8 +57,8 @@ FD_HD void evaluate(const Sum<T>& sum, T guidance, int64_t i, Group<T>& result) 
   result = acc;
 }
 
-// ---- The common case again, fast enough for the memory system: float32 arithmetic, all sources and
-// the target of one type S, few terms, at most the last one guided.
+// ---- The common case again, fast enough for the memory system: float32 arithmetic, all sources
+// and the target of one type S, few terms, at most the last one guided.
 
 // The smallest run of S that fills a register, and how floats are laid out for it.
 template <class S>
@@ -74,8 +74,8 @@ struct Pack {
   }
 };
 
-// bfloat16 is the upper half of a float, so a register of 16-bit values splits into its even and odd
-// ones with a shift and a mask; they join again in the same way, and nothing is permuted.
+// bfloat16 is the upper half of a float, so a register of 16-bit values splits into its even and
+// odd ones with a shift and a mask; they join again in the same way, and nothing is permuted.
 template <>
 struct Pack<bf16_t> {
   static constexpr int kVectors = 2, kSize = 2 * Lanes::kCount;

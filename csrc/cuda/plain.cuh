@@ -16,8 +16,10 @@ struct Plain {
   using Model = Model_;
   static constexpr bool kModel = kModel_, kClamp = kClamp_, kNoise = kNoise_, kFast = kFast_;
   using L = Layout<8, sizeof(State) == 4 && sizeof(Model) == 4>;
-  // The clamp node takes a fourth of the threads for the eight registers that it needs.
-  static constexpr int kResident = kClamp && kResidentBlocks > 6 ? 6 : kResidentBlocks;
+  // A clamp node takes threads away for the registers that it needs: 40, or 48 with two types.
+  static constexpr bool kMixed = sizeof(State) != sizeof(Model);
+  static constexpr int kMost = kMixed ? 5 : 6;
+  static constexpr int kResident = kClamp && kResidentBlocks > kMost ? kMost : kResidentBlocks;
   // Over [S, o]; over [S, o, c, z]. With a clamp node the model output is used through it alone.
   static constexpr int kClampMask = kClamp ? 3 : -1;
   static constexpr int kOutputMask = 1 | (kModel && !kClamp) << 1 | kClamp << 2 | kNoise << 3;
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
   const PlainRow<P> weights(p, row, b);
 
   for_each_block<L>(p.n, [&](uint32_t block, uint32_t last) {
-    const int64_t first = b * p.n + static_cast<int64_t>(block) * 4;
+    const auto element = [&](uint32_t at) { return b * p.n + static_cast<int64_t>(at) * 4; };
+    const int64_t first = element(block);
     Source<typename P::State, L> state;
     Source<typename P::Model, L> model, conditional;
     Sink<typename P::State, L> out;
@@ -167,13 +170,14 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
         round_group<typename P::State>(v);
         accumulate(sum, weights.noise, v);
       }
-      out.write(p.out[0], first, g, 1, 0, sum);
+      const int64_t target = P::kMixed && P::kNoise ? element(hidden(block)) : first;
+      out.write(p.out[0], target, g, 1, 0, sum);
       if (p.model_input.data) {
         const float c_in = Row::of(p, hidden(b))[2];
         round_group<typename P::State>(sum);
         FD_UNROLL
         for (int k = 0; k < 4; ++k) sum[k] = c_in * sum[k];
-        input.write(p.model_input, first, g, p.model_input_copies, p.batch * p.n, sum);
+        input.write(p.model_input, target, g, p.model_input_copies, p.batch * p.n, sum);
       }
     }
   });

@@ -50,7 +50,7 @@ struct Scalar {
 // Ten rounds; c is the counter on entry and the four words on return.
 template <class L>
 FD_HD void philox4x32(typename L::W (&c)[4], uint32_t k0, uint32_t k1) {
-FD_UNROLL
+  FD_UNROLL
   for (int round = 0; round < 10; ++round) {
     typename L::W hi0, lo0, hi1, lo1;
     L::mulhilo(c[0], 0xd2511f53u, hi0, lo0);
@@ -83,9 +83,8 @@ FD_HD void box_muller(typename L::U a, typename L::U b, typename L::F& z0, typen
   const U ix = L::bits(u) - 0x3f2aaaabu;
   const F e = L::to_float(L::as_int(ix) >> 23);
   const F t = L::from_bits((ix & 0x7fffffu) + 0x3f2aaaabu) - 1.0f;
-  const F log_t =
-      horner(t, -0x1.fffffap+0f, 0x1.fffffap-1f, -0x1.5561cep-1f, 0x1.000b8ep-1f, -0x1.955da4p-2f,
-             0x1.5163f4p-2f, -0x1.5e9f40p-2f, 0x1.352e20p-2f);
+  const F log_t = horner(t, -0x1.fffffap+0f, 0x1.fffffap-1f, -0x1.5561cep-1f, 0x1.000b8ep-1f,
+                         -0x1.955da4p-2f, 0x1.5163f4p-2f, -0x1.5e9f40p-2f, 0x1.352e20p-2f);
   const F r = L::sqrt(e * -0x1.62e430p+0f + log_t * t);
   const F y = L::to_float(L::as_int(b << 2)) * 0x1p-31f;
   const F y2 = y * y;

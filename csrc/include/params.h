@@ -17,12 +17,12 @@ struct Operand {
 };
 
 struct StepParams {
-  int64_t batch;   // samples
-  int64_t n;       // elements per sample
+  int64_t batch;  // samples
+  int64_t n;      // elements per sample
   int32_t states, model_outputs, outputs, draws;
   DType noise_dtype;
   bool learned, fast, seeded;
-  int32_t clamp_mask;  // over [S, o, z]; -1: no clamp node
+  int32_t clamp_mask;                // over [S, o, z]; -1: no clamp node
   int32_t output_mask[kMaxOutputs];  // over [S, o, c, z]
   Operand state[kMaxStates];
   Operand model_output[2];  // [o] or [o_uncond, o_cond]; 2 n elements a sample when learned
@@ -33,9 +33,9 @@ struct StepParams {
   const void* table;  // (table_rows, table_width)
   DType table_dtype;  // f32 or f64: also the type of the arithmetic
   int64_t table_rows, table_width;
-  const int64_t* rows;  // entry b at rows[b * rows_stride]
-  int64_t rows_stride;  // 0: one row for the whole batch
-  const int64_t* keys;  // (B, 2) or null: (seed, sample_offset + b)
+  const int64_t* rows;        // entry b at rows[b * rows_stride]
+  int64_t rows_stride;        // 0: one row for the whole batch
+  const int64_t* keys;        // (B, 2) or null: (seed, sample_offset + b)
   const int64_t* draw_table;  // (table_rows, draws, 2) of (step, stream), or null: step, stream
   int64_t seed, sample_offset, step, stream;
   const float* guidance_scale;
@@ -55,8 +55,8 @@ struct RandnParams {
 struct ChainParams {
   int64_t batch, n, steps;  // steps = T
   Operand x_start;
-  Operand noise;  // (T, B, n); data null: seeded
-  Operand out;    // (K, B, n)
+  Operand noise;      // (T, B, n); data null: seeded
+  Operand out;        // (K, B, n)
   const void* table;  // (T, 2)
   DType table_dtype;
   const int64_t* slots;  // (T,)

@@ -17,7 +17,16 @@ from fastdiff.ops.schemas import SCHEMAS
 
 __all__ = ["info"]
 
-_PACKAGES = ("torch", "triton", "numpy", "ninja", "diffusers", "safetensors", "pillow", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "ninja",
+    "diffusers",
+    "safetensors",
+    "pillow",
+    "matplotlib",
+)
 _ENVIRONMENT = (
     "FASTDIFF_BACKEND", "FASTDIFF_NATIVE", "FASTDIFF_CACHE", "FASTDIFF_CUDA_ARCHS", "CXX",
     "CUDA_HOME", "TRITON_INTERPRET",
@@ -55,7 +64,9 @@ def info() -> str:
     lines.append(f"threads      {torch.get_num_threads()}")
     for device in _devices()[1:]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        lines.append(f"{device!s:<12} {torch.cuda.get_device_name(device)}, capability {capability}")
+        lines.append(
+            f"{device!s:<12} {torch.cuda.get_device_name(device)}, capability {capability}"
+        )
     if len(_devices()) == 1:
         lines.append("gpu          none that torch can see")
     lines.append(f"cache        {cache_root()}")

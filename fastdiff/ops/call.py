@@ -59,13 +59,15 @@ class _Step(torch.autograd.Function):
     """Forward on the chosen backend; backward differentiates the definition."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: dict[str, Any], count: tuple[int, int, int], *inputs: Tensor):
+    def forward(
+        ctx: Any, arguments: dict[str, Any], count: tuple[int, int, int], *inputs: Tensor
+    ) -> Any:
         ctx.arguments, ctx.count = arguments, count
         ctx.save_for_backward(*inputs)
         return tuple(_run(*_split(inputs, count), **arguments))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None):
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         leaves = [
             value.detach().requires_grad_(needed)
             for value, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
@@ -180,7 +182,7 @@ def call_step(
             )
         arguments["backend"] = backend
         count = (len(states), len(model_outputs), len(noise))
-        return list(_Step.apply(arguments, count, *tensors))  # type: ignore[no-untyped-call]
+        return list(_Step.apply(arguments, count, *tensors))
     return _run(
         states, list(model_outputs), list(noise), guidance_scale, out=out, backend=backend,
         **arguments,

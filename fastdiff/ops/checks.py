@@ -68,16 +68,31 @@ def check_like(name: str, value: object, like_name: str, like: Tensor) -> None:
 
 def _span(value: Tensor) -> tuple[int, int]:
     """First and one past the last byte that a tensor touches."""
-    reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     start = value.data_ptr()
+    if value.is_contiguous():
+        return start, start + value.nbytes
+    pairs = zip(value.shape, value.stride(), strict=True)
+    reach = sum((size - 1) * stride for size, stride in pairs)
     return start, start + (reach + 1) * value.element_size()
+
+
+def _overlaps_itself(value: Tensor) -> bool:
+    if value.is_contiguous():
+        return False
+    dense = 1
+    strides = [(st, s) for s, st in zip(value.shape, value.stride(), strict=True) if s > 1]
+    for stride, size in sorted(strides):
+        if stride < dense:
+            return True
+        dense = stride * (size - 1) + dense
+    return False
 
 
 def check_out(
     name: str, out: object, like_name: str, like: Tensor, dtype: torch.dtype,
     inputs: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """A tensor to write into: it may be one of the inputs, but not overlap them or itself in part."""
+    """A tensor to write into: it may be an input, but not overlap one, or itself, in part."""
     check_like(name, out, like_name, like)
     assert isinstance(out, Tensor)
     if out.dtype != dtype:
@@ -86,22 +101,22 @@ def check_out(
         return
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad; results written in place carry no gradient")
-    reach = sorted((st, s) for s, st in zip(out.shape, out.stride(), strict=True) if s > 1)
-    dense = 1
-    for stride, size in reach:
-        if stride < dense:
-            raise ValueError(f"{name} has overlapping strides {out.stride()}: its elements share memory")
-        dense = stride * size
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"{name} has overlapping strides {out.stride()}: its elements share memory"
+        )
     start, stop = _span(out)
     for value in inputs:
-        if value.numel() == 0 or value.device.type == "meta":
+        if value is out or value.numel() == 0 or value.device.type == "meta":
+            continue
+        first, last = _span(value)
+        if first >= stop or start >= last:
             continue
         same = (
-            value.data_ptr() == start and value.stride() == out.stride()
+            first == start and value.stride() == out.stride()
             and value.dtype == out.dtype and value.shape == out.shape
         )  # fmt: skip
-        first, last = _span(value)
-        if not same and first < stop and start < last:
+        if not same:
             raise ValueError(f"{name} overlaps an input in memory without being the same tensor")
 
 
@@ -146,7 +161,9 @@ def resolve_seed(
     return None, seed - (1 << 64) if seed >= 1 << 63 else seed, sample_offset
 
 
-def resolve_rows(t: int | Tensor, count: int, batch: int, device: torch.device, check: bool) -> Tensor:
+def resolve_rows(
+    t: int | Tensor, count: int, batch: int, device: torch.device, check: bool
+) -> Tensor:
     """`t` as int64 (B,) or (1,) on the device.
 
     An out-of-range t is refused where it can be read without waiting: an int, or a CPU tensor. On

@@ -112,9 +112,7 @@ def _chain_draws(count: int, device: torch.device) -> Tensor:
 
 def _per_sample(schedule: Schedule, name: str, rows: Tensor, like: Tensor) -> Tensor:
     """schedule.<name>[t] as a view of the shape of `like`; NaN where t is out of range."""
-    values = held(
-        schedule.fingerprint, _uploaded_values, schedule, name, like.device, like.dtype
-    )
+    values = held(schedule.fingerprint, _uploaded_values, schedule, name, like.device, like.dtype)
     inside = (rows >= 0) & (rows < values.shape[0])
     picked = torch.where(inside, values[torch.where(inside, rows, 0)], torch.nan)
     return picked.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
@@ -297,7 +295,9 @@ def q_chain(
     if seed is not None:
         keys, low, offset = resolve_seed(seed, sample_offset, x_start.shape[0], x_start.device)
     if noise is not None:
-        check_like("noise", noise, "x_start repeated T times", x_start.expand(count, *x_start.shape))
+        check_like(
+            "noise", noise, "x_start repeated T times", x_start.expand(count, *x_start.shape)
+        )
     if x_start.requires_grad and torch.is_grad_enabled():
         raise ValueError("x_start requires grad: q_chain is not differentiable, use q_step")
     shape = (len(kept), *x_start.shape)
@@ -305,8 +305,12 @@ def q_chain(
         out = torch.empty(shape, dtype=x_start.dtype, device=x_start.device)
     else:
         inputs = [x_start] if noise is None else [x_start, noise]
-        check_out("out", out, "(len(at), *x_start.shape)", x_start.expand(shape), x_start.dtype, inputs)
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        check_out(
+            "out", out, "(len(at), *x_start.shape)", x_start.expand(shape), x_start.dtype, inputs
+        )
+    target = (
+        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    )
     slots = torch.full((count,), -1)
     slots[torch.tensor(kept)] = torch.arange(len(kept))
     operation("chain", x_start.device, compute_dtype(x_start.dtype), backend)(

@@ -58,14 +58,20 @@ def _plan(kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...]) -> Sol
     return (_ddpm_plan if kind == "ddpm" else _ddim_plan)(schedule, *arguments)
 
 
-@torch.compiler.assume_constant_result
-def _structure(
-    fingerprint: str, kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
+@lru_cache(maxsize=256)
+def _cached_structure(
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
 ) -> tuple[int, ...]:
     plan = _plan(kind, schedule, arguments)
     spec = plan.spec(torch.float32, preview)
     clamp = -1 if spec.clamp is None else spec.clamp
     return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
+
+
+@torch.compiler.assume_constant_result
+def _structure(fingerprint: str, *key: Any) -> tuple[int, ...]:
+    # The fingerprint makes a compiled graph guard on the schedule's content.
+    return _cached_structure(*key)
 
 
 def _table(
@@ -130,7 +136,7 @@ def _reverse_step(
     check_sample("x_t", x_t)
     plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t)
     _check_model_output(model_output, x_t, plan.spec.learned)
-    if plan.noisy or not (seed is noise is generator is None):
+    if plan.noisy or any(v is not None for v in (seed, noise, generator)):
         _check_one_noise(seed, noise, generator)
     if noise is not None:
         check_like("noise", noise, "x_t", x_t)

@@ -16,9 +16,9 @@ def denoised(
 ) -> tuple[FloatArray, FloatArray]:
     """(p, q) with x_0 = p x_t + q output, from x_t = alpha_t x_0 + sigma_t epsilon.
 
-        epsilon       x_0 = (x_t - sigma_t o) / alpha_t          (Ho et al. 2020, eq. 15)
-        sample        x_0 = o
-        v_prediction  x_0 = alpha_t x_t - sigma_t o              (Salimans & Ho 2022, appendix D)
+    epsilon       x_0 = (x_t - sigma_t o) / alpha_t          (Ho et al. 2020, eq. 15)
+    sample        x_0 = o
+    v_prediction  x_0 = alpha_t x_t - sigma_t o              (Salimans & Ho 2022, appendix D)
     """
     if prediction_type == "epsilon":
         if (alpha_t == 0).any():
@@ -41,8 +41,8 @@ def epsilon(
 ) -> tuple[FloatArray, FloatArray]:
     """(p, q) with epsilon = p x_t + q output, not clipped; see denoised().
 
-        sample        epsilon = (x_t - alpha_t o) / sigma_t
-        v_prediction  epsilon = sigma_t x_t + alpha_t o
+    sample        epsilon = (x_t - alpha_t o) / sigma_t
+    v_prediction  epsilon = sigma_t x_t + alpha_t o
     """
     if prediction_type == "epsilon":
         return np.zeros_like(alpha_t), np.ones_like(alpha_t)

@@ -1,0 +1,1 @@
+"""Measuring: how long things take here, and against what."""

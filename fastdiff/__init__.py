@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 from fastdiff import backends, noise, ops, schedules, solvers
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.engine import Run, Sampler, StepState, sample
+from fastdiff.ops.draw import randn
 from fastdiff.ops.forward import (
     q_chain,
     q_mean_variance,
     q_posterior_mean_variance,
     q_sample,
     q_step,
-    randn,
 )
 from fastdiff.ops.reverse import ddim_sample, p_mean_variance, p_sample
 from fastdiff.plan import SolverPlan

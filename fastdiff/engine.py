@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import operation
-from fastdiff.noise import STREAM_INITIAL
+from fastdiff.noise import STREAM_INITIAL, sample_keys
 from fastdiff.ops.call import call_step, compute_dtype
 from fastdiff.ops.checks import FLOATING, check_like, check_sample, resolve_seed
-from fastdiff.ops.forward import randn
+from fastdiff.ops.draw import randn
 from fastdiff.plan import SolverPlan
 from fastdiff.progress import track
 
@@ -107,15 +107,8 @@ class Run:
             )
         self._keys: Tensor | None = None
         if seed is not None or not given:
-            keys, low, offset = (
-                resolve_seed(seed or 0, sample_offset, batch, device)
-                if not isinstance(seed, Tensor)
-                else resolve_seed(seed, sample_offset, batch, device)
-            )
-            if keys is None:
-                samples = torch.arange(offset, offset + batch, device=device)
-                keys = torch.stack([torch.full_like(samples, low), samples], dim=1)
-            self._keys = keys
+            resolved = resolve_seed(0 if seed is None else seed, sample_offset, batch, device)
+            self._keys = sample_keys(*resolved, batch, device)
         self._generator, self._noise = generator, noise
 
         self._guidance: Tensor | None = None

@@ -13,7 +13,6 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.files import check_writable, write_atomic
 from fastdiff.ops.call import pack_table
 from fastdiff.ops.step import StepSpec
 
@@ -217,13 +217,7 @@ class SolverPlan:
         arrays = {n: getattr(self, n) for n in _ARRAYS if getattr(self, n) is not None}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, meta=np.array(json.dumps(meta)), **arrays)
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(buffer.getvalue())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomic(check_writable(path), buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SolverPlan:

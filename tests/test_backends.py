@@ -27,7 +27,7 @@ def test_automatic_choice_on_the_cpu_is_native():
 
 
 def test_explicit_choices_win_innermost_first(monkeypatch):
-    monkeypatch.setenv("FASTDIFF_BACKEND", "triton")
+    monkeypatch.setattr(backends, "_ENVIRONMENT", "triton")
     assert backends.select(CPU, torch.float32) == "triton"
     with fd.use_backend("reference"):
         assert backends.select(CPU, torch.float32) == "reference"
@@ -38,14 +38,25 @@ def test_explicit_choices_win_innermost_first(monkeypatch):
     assert backends.select(CPU, torch.float32) == "triton"
 
 
-def test_an_explicit_choice_that_cannot_serve_is_refused_with_the_reason(monkeypatch):
+def test_an_explicit_choice_that_cannot_serve_is_refused_with_the_reason():
     with pytest.raises(fd.BackendError, match=r"'triton' cannot serve cpu torch.float64: .*fl"):
         fd.q_sample(X.double(), 0, SCHEDULE, seed=0, backend="triton")
-    monkeypatch.setenv("FASTDIFF_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="backend must be one of"):
-        fd.q_sample(X, 0, SCHEDULE, seed=0)
     with pytest.raises(ValueError, match="backend must be one of"), fd.use_backend("gpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("value", "result"),
+    [("reference", "reference"), ("", "native"), ("cuda", "backend must be one of"),
+     ("triton", "cannot serve cpu")],
+)  # fmt: skip
+def test_the_environment_chooses_too(value, result):
+    code = (
+        "import torch, fastdiff as fd\n"
+        "try: print(fd.backends.select(torch.device('cpu'), torch.float32))\n"
+        "except (ValueError, fd.BackendError) as error: print(error)"
+    )
+    assert result in run_python(code, FASTDIFF_BACKEND=value)
 
 
 def test_choices_belong_to_their_thread():

@@ -40,7 +40,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.npz"
     old, new = plans()[:2]
     old.save(path)
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("fastdiff.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         new.save(path)
     assert fd.SolverPlan.load(path) == old

@@ -114,8 +114,14 @@ void step(std::vector<Tensor> states, std::vector<Tensor> model_outputs, std::ve
   p.learned = spec[2] != 0;
   p.fast = spec[3] != 0;
   p.clamp_mask = static_cast<int32_t>(spec[4]);
-  for (int r = 0; r < p.outputs; ++r)
+  const int32_t no_model = p.model_outputs == 0 ? 1 << p.states : 0;
+  const int32_t no_clamp = p.clamp_mask < 0 ? 2 << p.states : 0;
+  bool exist = p.clamp_mask < 0 || !(p.clamp_mask & no_model);
+  for (int r = 0; r < p.outputs; ++r) {
     p.output_mask[r] = static_cast<int32_t>(spec[kSpecHead + static_cast<size_t>(r)]);
+    exist = exist && !(p.output_mask[r] & (no_model | no_clamp));
+  }
+  STD_TORCH_CHECK(exist, "spec uses a model output or a clamp node that this step does not have");
   p.seeded = noise.empty() && p.draws > 0;
   STD_TORCH_CHECK(p.draws >= 0 && p.draws <= kMaxDraws, "at most ", kMaxDraws, " draws, not ",
                   p.draws);

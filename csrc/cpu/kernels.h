@@ -9,7 +9,7 @@ namespace fastdiff {
 
 constexpr int kBlock = 1024;
 
-inline int64_t blocks_per_sample(int64_t n) { return (n + kBlock - 1) / kBlock; }
+FD_HD int64_t blocks_per_sample(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 struct Kernels {
   const char* isa;

@@ -77,11 +77,9 @@ class StepKernel {
     const T* coefficients = table + kHeader;
     if (p_.clamp_mask >= 0) compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamp_);
     coefficients += p_.states + 1 + p_.draws;
-    for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws) {
+    for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws)
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
-      if constexpr (std::is_same_v<T, float>)
-        uniform_[r] = staged_ ? nullptr : uniform_sum_for(rows_[r], p_.out[r].dtype, streams(r));
-    }
+    choose_uniform();
     if (!p_.seeded) return;
     for (int k = 0; k < p_.draws; ++k) {
       const int64_t* draw = p_.draw_table ? p_.draw_table + (index * p_.draws + k) * 2 : nullptr;
@@ -143,6 +141,39 @@ class StepKernel {
     for (int r = 0; r < p_.outputs; ++r)
       if (is_read(p_.out[r].data)) return true;
     return is_read(p_.model_input.data);
+  }
+
+  // Which sums have sources of one type. The clamp node may then be in the order of Pack<bf16_t>,
+  // provided that all its readers take it so.
+  void choose_uniform() {
+    clamp_uniform_ = nullptr;
+    for (UniformSum& sum : uniform_) sum = nullptr;
+    if constexpr (std::is_same_v<T, float>) {
+      const Place* clamped = &sources_[kClamped].here;
+      const DType clamp_type = clamp_.count > 0 ? clamp_.terms[0].source->dtype : DType::f32;
+      if (sources_[kClamped].used)
+        clamp_uniform_ = uniform_sum_for(clamp_, clamp_type, Mode::kScratch, nullptr);
+      const bool packed = clamp_uniform_ && clamp_type == DType::bf16;
+      bool all_take_packed = true;
+      for (int r = 0; r < p_.outputs; ++r) {
+        const bool takes_packed = p_.out[r].dtype == DType::bf16;
+        const Mode mode = streams(r) ? Mode::kStream : Mode::kStore;
+        if (!staged_)
+          uniform_[r] = uniform_sum_for(rows_[r], p_.out[r].dtype, mode,
+                                        takes_packed == packed ? clamped : nullptr);
+        if (reads(rows_[r], clamped)) all_take_packed &= takes_packed && uniform_[r];
+      }
+      if (!packed || all_take_packed) return;
+      clamp_uniform_ = nullptr;
+      for (int r = 0; r < p_.outputs; ++r)
+        if (reads(rows_[r], clamped)) uniform_[r] = nullptr;
+    }
+  }
+
+  static bool reads(const Sum<T>& sum, const Place* place) {
+    for (int k = 0; k < sum.count; ++k)
+      if (sum.terms[k].source == place) return true;
+    return false;
   }
 
   // Whether output r goes past the caches: it would not fit, nothing reads it again here, and its
@@ -260,9 +291,15 @@ class StepKernel {
   void make_clamped(int64_t padded) {
     using V = typename Group<T>::V;
     const V low = broadcast<V>(low_), high = broadcast<V>(high_);
+    if constexpr (std::is_same_v<T, float>)
+      if (clamp_uniform_)
+        clamp_uniform_(clamp_, guidance_, padded, reinterpret_cast<char*>(scratch_.clamped));
     for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> c;
-      evaluate(clamp_, guidance_, i, c);
+      if (clamp_uniform_)
+        load_group(scratch_.clamped + i, c);
+      else
+        evaluate(clamp_, guidance_, i, c);
 #pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) {
         const V at_most = c.v[u] > high ? high : c.v[u];  // NaN passes both
@@ -319,8 +356,8 @@ class StepKernel {
   bool overwrites_, staged_;
   int64_t sample_ = -1;
   T low_, high_, input_scale_, log_low_, log_high_, guidance_ = 0, inverse_bound_ = 0;
-  Sum<T> clamp_, rows_[kMaxOutputs];
-  UniformSum uniform_[kMaxOutputs];
+  Sum<T> clamp_{}, rows_[kMaxOutputs];
+  UniformSum clamp_uniform_, uniform_[kMaxOutputs];
   Draw draws_[kMaxDraws];
 };
 

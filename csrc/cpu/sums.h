@@ -60,6 +60,17 @@ FD_HD void evaluate(const Sum<T>& sum, T guidance, int64_t i, Group<T>& result) 
 // ---- The common case again, fast enough for the memory system: float32 arithmetic, all sources
 // and the target of one type S, few terms, at most the last one guided.
 
+template <int kVectors>
+FD_HD void load_floats(const float* p, Lanes::F (&v)[kVectors]) {
+#pragma GCC unroll 2
+  for (int k = 0; k < kVectors; ++k) v[k] = load_vector<Lanes::F>(p + k * Lanes::kCount);
+}
+template <int kVectors>
+FD_HD void store_floats(float* p, const Lanes::F (&v)[kVectors]) {
+#pragma GCC unroll 2
+  for (int k = 0; k < kVectors; ++k) store_vector(p + k * Lanes::kCount, v[k]);
+}
+
 // The smallest run of S that fills a register, and how floats are laid out for it.
 template <class S>
 struct Pack {
@@ -97,29 +108,41 @@ struct Pack<bf16_t> {
 
 using UniformSum = void (*)(const Sum<float>& sum, float guidance, int64_t count, char* target);
 
-template <class S, int kTerms, bool kGuided, bool kStream>
+enum class Mode {
+  kStore,
+  kStream,   // stored past the caches
+  kScratch,  // the target is the clamp node: float, in the order in which Pack<S> lays floats out
+  kMixed,    // a source is the clamp node in that form
+};
+
+template <class S, int kTerms, bool kGuided, Mode kMode>
 void uniform_sum(const Sum<float>& sum, float guidance, int64_t count, char* target) {
   using P = Pack<S>;
+  using F = Lanes::F;
   constexpr int kStep = 4 * Lanes::kCount, kPacks = kStep / P::kSize;
   static_assert(Group<float>::kSize % kStep == 0, "a group is whole steps");
-  const S* source[kTerms];
+  const char* source[kTerms];
   float a[kTerms];
+  bool is_float[kTerms];
 #pragma GCC unroll 4
   for (int k = 0; k < kTerms; ++k) {
-    source[k] = reinterpret_cast<const S*>(sum.terms[k].source->data);
+    source[k] = sum.terms[k].source->data;
     a[k] = sum.terms[k].coefficient;
+    is_float[k] = kMode == Mode::kMixed && sum.terms[k].source->dtype == DType::f32;
   }
   const S* base = kGuided ? reinterpret_cast<const S*>(sum.terms[kTerms - 1].base->data) : nullptr;
-  S* out = reinterpret_cast<S*>(target);
   for (int64_t start = 0; start < count; start += kStep) {
 #pragma GCC unroll 4
     for (int pack = 0; pack < kPacks; ++pack) {
       const int64_t i = start + pack * P::kSize;
-      Lanes::F acc[P::kVectors];
+      F acc[P::kVectors];
 #pragma GCC unroll 4
       for (int k = 0; k < kTerms; ++k) {
-        Lanes::F value[P::kVectors], from[P::kVectors];
-        P::unpack(source[k] + i, value);
+        F value[P::kVectors], from[P::kVectors];
+        if (is_float[k])
+          load_floats(reinterpret_cast<const float*>(source[k]) + i, value);
+        else
+          P::unpack(reinterpret_cast<const S*>(source[k]) + i, value);
         if (kGuided && k == kTerms - 1) P::unpack(base + i, from);
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v) {
@@ -128,37 +151,52 @@ void uniform_sum(const Sum<float>& sum, float guidance, int64_t count, char* tar
           acc[v] = k == 0 ? a[k] * value[v] : acc[v] + a[k] * value[v];
         }
       }
-      P::template pack<kStream>(out + i, acc);
+      if constexpr (kMode == Mode::kScratch)
+        store_floats(reinterpret_cast<float*>(target) + i, acc);
+      else
+        P::template pack<kMode == Mode::kStream>(reinterpret_cast<S*>(target) + i, acc);
     }
   }
 }
 
-template <class S, bool kStream>
+template <class S, Mode kMode>
 UniformSum uniform_sum_of(int terms, bool guided) {
   static constexpr UniformSum kSums[2][4] = {
-      {uniform_sum<S, 1, false, kStream>, uniform_sum<S, 2, false, kStream>,
-       uniform_sum<S, 3, false, kStream>, uniform_sum<S, 4, false, kStream>},
-      {uniform_sum<S, 1, true, kStream>, uniform_sum<S, 2, true, kStream>,
-       uniform_sum<S, 3, true, kStream>, uniform_sum<S, 4, true, kStream>}};
+      {uniform_sum<S, 1, false, kMode>, uniform_sum<S, 2, false, kMode>,
+       uniform_sum<S, 3, false, kMode>, uniform_sum<S, 4, false, kMode>},
+      {uniform_sum<S, 1, true, kMode>, uniform_sum<S, 2, true, kMode>,
+       uniform_sum<S, 3, true, kMode>, uniform_sum<S, 4, true, kMode>}};
   return terms >= 1 && terms <= 4 ? kSums[guided][terms - 1] : nullptr;
 }
 
-// Null where only evaluate() will do. `stream` asks for stores past the caches.
-inline UniformSum uniform_sum_for(const Sum<float>& sum, DType target, bool stream) {
+// The sum for sources of one type, and a target of that type unless the mode is kScratch. The clamp
+// node may be among the sources when its place is given. Null where only evaluate() will do.
+inline UniformSum uniform_sum_for(const Sum<float>& sum, DType type, Mode mode,
+                                  const Place* clamped) {
   for (int k = 0; k < sum.count; ++k) {
     const Term<float>& term = sum.terms[k];
     const bool guided_early = term.base && k + 1 < sum.count;
-    if (term.source->dtype != target || term.scale || guided_early) return nullptr;
-    if (term.base && term.base->dtype != target) return nullptr;
+    if (term.scale || guided_early || (term.base && term.base->dtype != type)) return nullptr;
+    if (term.source == clamped)
+      mode = Mode::kMixed;
+    else if (term.source->dtype != type)
+      return nullptr;
   }
   const bool guided = sum.count > 0 && sum.terms[sum.count - 1].base;
-  if (target == DType::f32)
-    return stream ? uniform_sum_of<float, true>(sum.count, guided)
-                  : uniform_sum_of<float, false>(sum.count, guided);
-  if (target == DType::bf16)
-    return stream ? uniform_sum_of<bf16_t, true>(sum.count, guided)
-                  : uniform_sum_of<bf16_t, false>(sum.count, guided);
-  if (target == DType::f16) return uniform_sum_of<f16_t, false>(sum.count, guided);
+  if (type == DType::f32)  // floats of memory order are nothing special
+    return mode == Mode::kStream ? uniform_sum_of<float, Mode::kStream>(sum.count, guided)
+                                 : uniform_sum_of<float, Mode::kStore>(sum.count, guided);
+  if (type == DType::bf16) {
+    if (mode == Mode::kStore) return uniform_sum_of<bf16_t, Mode::kStore>(sum.count, guided);
+    if (mode == Mode::kStream) return uniform_sum_of<bf16_t, Mode::kStream>(sum.count, guided);
+    if (mode == Mode::kScratch) return uniform_sum_of<bf16_t, Mode::kScratch>(sum.count, guided);
+    return uniform_sum_of<bf16_t, Mode::kMixed>(sum.count, guided);
+  }
+  if (type == DType::f16) {
+    if (mode == Mode::kScratch) return uniform_sum_of<f16_t, Mode::kScratch>(sum.count, guided);
+    if (mode == Mode::kMixed) return uniform_sum_of<f16_t, Mode::kMixed>(sum.count, guided);
+    return uniform_sum_of<f16_t, Mode::kStore>(sum.count, guided);
+  }
   return nullptr;
 }
 

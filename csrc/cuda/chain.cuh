@@ -6,7 +6,7 @@
 
 namespace fastdiff {
 
-constexpr int64_t kChainStream = 4;  // STREAM_CHAIN of fastdiff/noise.py
+constexpr uint32_t kChainStream = 4;  // STREAM_CHAIN of fastdiff/noise.py
 
 // T: the type of x_start and out, to which x and seeded noise are rounded at every step.
 template <class T>
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocksGeneral)
   if (b >= p.batch) return;
   const int64_t plane = p.batch * p.n, offset = b * p.n;
   const float* const table = static_cast<const float*>(p.table);
-  Draw draw{p.seed, p.sample_offset, 0, kChainStream, p.keys, nullptr, b};
+  Draw draw{p.seed, p.sample_offset, p.keys, b, 0, kChainStream};
   for_each_chunk<L>(p.n, aligned, [&](auto layout, const Chunk& chunk) {
     using Part = decltype(layout);
     float x[Part::kWidth];
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocksGeneral)
         if (p.noise.data) {
           load_operand<Part>(p.noise, t * plane + offset, chunk, z);
         } else {
-          draw.step = t;
+          draw.step = static_cast<uint32_t>(t);
           FD_UNROLL
           for (int g = 0; g < Part::kGroups; ++g) {
             normal_block(p.fast, draw, chunk.block + g, z + 4 * g);

@@ -63,8 +63,8 @@ inline void fd_launch_on_host(Kernel kernel, dim3 grid, dim3 block, const Args&.
   gridDim = grid;
   blockDim = block;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-      for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
-        for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(args...);
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
+          for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(args...);
 }

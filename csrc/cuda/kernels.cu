@@ -12,7 +12,7 @@
 #define FD_LAUNCH(kernel, grid, stream, ...) \
   ((void)(stream), fd_launch_on_host(kernel, (grid).blocks, (grid).threads, __VA_ARGS__))
 #else
-#define FD_LAUNCH(kernel, grid, stream, ...)                                              \
+#define FD_LAUNCH(kernel, grid, stream, ...) \
   (kernel<<<(grid).blocks, (grid).threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
 #endif
 
@@ -41,11 +41,16 @@ int for_each_operand(const StepParams& p, Action action) {
   return found + action(p.model_input);
 }
 
+// What 32-bit indices of samples and of Philox blocks reach.
+constexpr int64_t kMostSamples = int64_t{1} << 31, kMostElements = int64_t{1} << 34;
+
+bool fits(int64_t batch, int64_t n) { return batch <= kMostSamples && n <= kMostElements; }
+
 // A step in which all samples are treated alike is one long sample: elements of neighbouring
 // samples share a 128-bit access even where samples are not multiples of it.
 StepParams flattened(StepParams p) {
-  const bool alike = p.rows_stride == 0 && !p.learned && !(p.draws && p.seeded) &&
-                     (p.model_outputs < 2 || p.guidance_stride == 0) &&
+  const bool alike = p.n <= kMostElements / p.batch && p.rows_stride == 0 && !p.learned &&
+                     !(p.draws && p.seeded) && (p.model_outputs < 2 || p.guidance_stride == 0) &&
                      (!p.threshold || p.threshold_stride == 0);
   if (alike) {
     p.n *= p.batch;
@@ -107,21 +112,23 @@ int launch_step(const StepParams& params, void* stream) {
   if (params.table_dtype != DType::f32 || for_each_operand(params, is_f64)) {
     return cudaErrorNotSupported;
   }
-  const StepParams p = flattened(params);
+  if (!fits(params.batch, params.n)) return cudaErrorInvalidValue;
+  StepParams p = flattened(params);
+  if (!p.model_input.data) p.model_input_copies = 0;
   const bool aligned = !for_each_operand(p, [&](const Operand& operand) {
     const bool single = p.batch == 1 && !p.learned && &operand != &p.model_input;
     return !is_aligned(operand, p.n, single);
   });
-  if (aligned && p.n % 8 == 0 && is_plain(p)) {
+  if (aligned && is_plain(p)) {
     const DType state = p.state[0].dtype;
     const DType model = p.model_outputs > 0 ? p.model_output[0].dtype : state;
-    if (state == DType::f32 && model == DType::f32) {
+    if (state == DType::f32 && model == DType::f32 && p.n % 4 == 0) {
       return start_plain_typed<float, float>(p, stream);
     }
-    if (state == DType::bf16 && model == DType::bf16) {
+    if (state == DType::bf16 && model == DType::bf16 && p.n % 8 == 0) {
       return start_plain_typed<bf16_t, bf16_t>(p, stream);
     }
-    if (state == DType::f32 && model == DType::bf16) {
+    if (state == DType::f32 && model == DType::bf16 && p.n % 8 == 0) {
       return start_plain_typed<float, bf16_t>(p, stream);
     }
   }
@@ -133,6 +140,7 @@ int launch_step(const StepParams& params, void* stream) {
 
 int launch_randn(const RandnParams& p, void* stream) {
   if (p.batch == 0 || p.n == 0) return cudaSuccess;
+  if (!fits(p.batch, p.n)) return cudaErrorInvalidValue;
   const bool aligned = is_aligned(p.out, p.n, p.batch == 1);
   const Grid grid = make_grid(p.batch, p.n, 8);
   const auto start = [&](auto layout, auto type) {
@@ -163,7 +171,7 @@ int launch_randn(const RandnParams& p, void* stream) {
 int launch_chain(const ChainParams& p, void* stream) {
   if (p.batch == 0 || p.n == 0 || p.steps == 0) return cudaSuccess;
   if (p.table_dtype != DType::f32 || is_f64(p.noise)) return cudaErrorNotSupported;
-  if (p.x_start.dtype != p.out.dtype) return cudaErrorInvalidValue;
+  if (p.x_start.dtype != p.out.dtype || !fits(p.batch, p.n)) return cudaErrorInvalidValue;
   const bool aligned = is_aligned(p.x_start, p.n, false) && is_aligned(p.noise, p.n, false) &&
                        is_aligned(p.out, p.n, false);
   const Grid grid = make_grid(p.batch, p.n, 8);

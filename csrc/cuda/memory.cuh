@@ -10,11 +10,16 @@ namespace fastdiff {
 constexpr int kWarp = 32;
 constexpr float kNegativeZero = -0.0f;  // the identity of addition: -0.0 + x is x for every x
 
-// The same value, of which the compiler knows nothing: what is computed from it stays where it is
-// used, instead of moving out of the loop and into registers.
-__device__ __forceinline__ uint32_t hidden(uint32_t value) {
+// The same value, of which the compiler knows nothing. What is computed from it stays where it is
+// used instead of moving out of a loop and into registers; and it is itself not computed again.
+template <class T>
+__device__ __forceinline__ T hidden(T value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
 #endif
   return value;
 }
@@ -145,8 +150,8 @@ __device__ __forceinline__ void load_whole(const T* p, float (&v)[L::kWidth]) {
 template <class L, class T>
 __device__ __forceinline__ void store_whole(T* p, const float (&v)[L::kWidth]) {
   if constexpr (sizeof(T) == 2 && L::kReach == 8) {
-    *reinterpret_cast<uint4*>(p) = uint4{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]),
-                                         pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
+    *reinterpret_cast<uint4*>(p) =
+        uint4{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
     return;
   }
   FD_UNROLL

@@ -16,13 +16,12 @@ struct Plain {
   using Model = Model_;
   static constexpr bool kModel = kModel_, kClamp = kClamp_, kNoise = kNoise_, kFast = kFast_;
   using L = Layout<8, sizeof(State) == 4 && sizeof(Model) == 4>;
-  // A clamp node takes threads away for the registers that it needs: 40, or 48 with two types.
+  // A clamp node, or two packed operands beside noise, take threads away for the registers that
+  // they need: 40 or 48.
   static constexpr bool kMixed = sizeof(State) != sizeof(Model);
-  static constexpr int kMost = kMixed ? 5 : 6;
-  static constexpr int kResident = kClamp && kResidentBlocks > kMost ? kMost : kResidentBlocks;
-  // Over [S, o]; over [S, o, c, z]. With a clamp node the model output is used through it alone.
-  static constexpr int kClampMask = kClamp ? 3 : -1;
-  static constexpr int kOutputMask = 1 | (kModel && !kClamp) << 1 | kClamp << 2 | kNoise << 3;
+  static constexpr int kMost = kClamp ? (kFast || sizeof(Model) == 2 ? 5 : 6)
+                                      : (kFast && kModel && sizeof(Model) == 2 ? 6 : 8);
+  static constexpr int kResident = kResidentBlocks > kMost ? kMost : kResidentBlocks;
 };
 
 // Eight elements of one operand, handed out in groups of four. 16-bit ones are fetched together, in
@@ -81,8 +80,8 @@ __device__ __forceinline__ float guidance_of(const StepParams& p, uint32_t b) {
 // The coefficients of one row, and what they make necessary.
 template <class P>
 struct PlainRow {
-  float state, model, clamp, noise;   // of the output
-  float state_inside, model_inside;   // of the clamp node
+  float state, model, clamp, noise;  // of the output
+  float state_inside, model_inside;  // of the clamp node
   float low, high, guidance;
   bool reads_state, reads_model;
 
@@ -111,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
   if (b >= p.batch) return;
   const Row row = Row::of(p, b);
   const PlainRow<P> weights(p, row, b);
+  const Draw draw = draw_of(p, row, b, 0);
 
   for_each_block<L>(p.n, [&](uint32_t block, uint32_t last) {
     const auto element = [&](uint32_t at) { return b * p.n + static_cast<int64_t>(at) * 4; };
@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
       model.fetch(p.model_output[0], first);
       if (p.model_outputs == 2) conditional.fetch(p.model_output[1], first);
     }
-    const auto read_model = [&](int g, float(&o)[4]) {
+    const auto read_model = [&](int g, float (&o)[4]) {
       model.read(p.model_output[0], first, g, true, o);
       if (p.model_outputs != 2) return;
       // Held where registers are left, loaded anew beside noise.
-      const float g_scale = P::kNoise ? guidance_of(p, hidden(b)) : weights.guidance;
+      const float g_scale = P::kNoise || P::kClamp ? guidance_of(p, hidden(b)) : weights.guidance;
       float other[4];
       conditional.read(p.model_output[1], first, g, true, other);
       FD_UNROLL
@@ -164,15 +164,13 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
         }
       }
       if (P::kNoise && weights.noise != 0.0f) {
-        const uint32_t at = hidden(b);
-        const Row listed = p.draw_table ? Row::of(p, at) : Row{nullptr, 0};
-        normal_block<P::kFast>(draw_of(p, listed, at, 0), block + g * L::kStride, v);
+        normal_block<P::kFast>(draw, block + g * L::kStride, v);
         round_group<typename P::State>(v);
         accumulate(sum, weights.noise, v);
       }
       const int64_t target = P::kMixed && P::kNoise ? element(hidden(block)) : first;
       out.write(p.out[0], target, g, 1, 0, sum);
-      if (p.model_input.data) {
+      if (p.model_input_copies > 0) {
         const float c_in = Row::of(p, hidden(b))[2];
         round_group<typename P::State>(sum);
         FD_UNROLL

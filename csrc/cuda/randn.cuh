@@ -9,29 +9,27 @@ namespace fastdiff {
 
 // Where the noise of one sample comes from: everything of key and counter but the block.
 struct Draw {
-  int64_t seed, sample_offset, step, stream;  // by value, for a whole launch
-  const int64_t* keys;                        // (seed, sample) of every sample, or null
-  const int64_t* entry;                       // (step, stream) of this draw, or null
-  uint32_t b;
+  int64_t seed, sample_offset;  // by value, for a whole launch
+  const int64_t* keys;          // or (seed, sample) of every sample
+  uint32_t b, step, stream;
 };
 
-// The words of one block. What came by value is the same for every thread: the compiler keeps the
-// 20 round keys in uniform registers. What lies in device memory is loaded at every use (from L1),
-// since held, with the round keys it leads to, it would take more registers than there are.
+// The words of one block. A seed that came by value is the same for every thread: the compiler
+// keeps its 20 round keys in uniform registers. Seeds in device memory are loaded at every use
+// (from L1), since held, with the round keys they lead to, they would take more registers than
+// there are.
 __device__ __forceinline__ void random_words(const Draw& draw, uint32_t block,
                                              uint32_t (&words)[4]) {
   words[0] = block;
-  if (draw.keys || draw.entry) {
+  words[2] = draw.step;
+  words[3] = draw.stream;
+  if (draw.keys) {
     const NoiseKey key = noise_key(draw.keys, draw.seed, draw.sample_offset, hidden(draw.b));
     words[1] = key.sample;
-    words[2] = static_cast<uint32_t>(draw.entry ? __ldg(draw.entry) : draw.step);
-    words[3] = static_cast<uint32_t>(draw.entry ? __ldg(draw.entry + 1) : draw.stream);
     philox4x32<Scalar>(words, key.seed_low, key.seed_high);
   } else {
     const NoiseKey key = noise_key(nullptr, draw.seed, draw.sample_offset, draw.b);
     words[1] = key.sample;
-    words[2] = static_cast<uint32_t>(draw.step);
-    words[3] = static_cast<uint32_t>(draw.stream);
     philox4x32<Scalar>(words, key.seed_low, key.seed_high);
   }
 }
@@ -49,7 +47,7 @@ __device__ __forceinline__ void box_muller_fast(uint32_t a, uint32_t b, float& z
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(phi));
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(c) : "f"(phi));
   c = __uint_as_float(__float_as_uint(c) ^ (b & 0x80000000u));
-  const bool swap = (b & 0x40000000u) != 0;
+  const bool swap = static_cast<int32_t>(b << 1) < 0;
   z0 = (swap ? s : c) * r;
   z1 = (swap ? c : s) * r;
 }
@@ -86,7 +84,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     randn_kernel(const __grid_constant__ RandnParams p, bool aligned) {
   const uint32_t b = sample_index();
   if (b >= p.batch) return;
-  const Draw draw{p.seed, p.sample_offset, p.step, p.stream, p.keys, nullptr, b};
+  const Draw draw{p.seed,
+                  p.sample_offset,
+                  p.keys,
+                  b,
+                  static_cast<uint32_t>(p.step),
+                  static_cast<uint32_t>(p.stream)};
   T* const out = static_cast<T*>(p.out.data) + b * p.n;
   for_each_chunk<L>(p.n, aligned, [&](auto layout, const Chunk& chunk) {
     using Part = decltype(layout);

@@ -30,9 +30,18 @@ struct Row {
 
 // The noise of one draw of a row. A row outside of the table has no draws, nor a use for any.
 __device__ __forceinline__ Draw draw_of(const StepParams& p, const Row& row, uint32_t b, int draw) {
-  const bool listed = p.draw_table && row.entries;
-  const int64_t* entry = listed ? p.draw_table + 2 * (row.index * p.draws + draw) : nullptr;
-  return {p.seed, p.sample_offset, p.step, p.stream, p.keys, entry, b};
+  int64_t step = p.step, stream = p.stream;
+  if (p.draw_table && row.entries) {
+    const int64_t* entry = p.draw_table + 2 * (row.index * p.draws + draw);
+    step = __ldg(entry);
+    stream = __ldg(entry + 1);
+  }
+  return {p.seed,
+          p.sample_offset,
+          p.keys,
+          b,
+          static_cast<uint32_t>(step),
+          static_cast<uint32_t>(stream)};
 }
 
 template <int kWidth>
@@ -198,7 +207,7 @@ struct StepChunk {
     for (int r = 0; r < kOutputs; ++r) {
       if (r < p.outputs) store_operand<L>(p.out[r], b * p.n, chunk, sums[r]);
     }
-    if (p.model_input.data) write_model_input();
+    if (p.model_input_copies > 0) write_model_input();
   }
 
   // From the output as stored, so that a step and a scaling in two calls give the same.

@@ -7,7 +7,7 @@
 All three give the same bits (DESIGN of the noise and arithmetic contracts: README.md), so choosing
 one is choosing speed. Automatic selection takes the first of the device's list that can serve and
 keeps the reason of each that cannot; an explicit choice (`backend=`, use_backend, the environment
-variable FASTDIFF_BACKEND) that cannot serve raises BackendError with that reason.
+variable FASTDIFF_BACKEND, read at import) that cannot serve raises BackendError with that reason.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "referenc
 
 _chosen: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
 _reasons: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+_selected: dict[tuple[torch.device, torch.dtype, str | None], str] = {}
+# Read once: a look at the environment costs as much as the rest of a selection.
+_ENVIRONMENT = os.environ.get("FASTDIFF_BACKEND") or None
 
 
 class BackendError(RuntimeError):
@@ -105,7 +108,14 @@ def forget() -> None:
 
 def select(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """The name of the backend for operations on `device` with math in `dtype`."""
-    explicit = backend or _chosen.get() or os.environ.get("FASTDIFF_BACKEND") or None
+    explicit = backend or _chosen.get() or _ENVIRONMENT
+    key = (device, dtype, explicit)
+    if key not in _selected:
+        _selected[key] = _find(device, dtype, explicit)
+    return _selected[key]
+
+
+def _find(device: torch.device, dtype: torch.dtype, explicit: str | None) -> str:
     if explicit is not None:
         reason = probe(_check_name(explicit), device, dtype)
         if reason is not None:
@@ -117,20 +127,13 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None = None)
     raise BackendError(f"no backend serves {device} {dtype}")  # reference serves everything
 
 
-_selected: dict[tuple[Any, ...], str] = {}
-
-
-@torch.compiler.assume_constant_result
-def _select(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    key = (device, dtype, backend, _chosen.get(), os.environ.get("FASTDIFF_BACKEND"))
-    if key not in _selected:
-        _selected[key] = select(device, dtype, backend)
-    return _selected[key]
+# torch.compile makes the choice once, when it traces.
+_traced_select = torch.compiler.assume_constant_result(select)
 
 
 def operation(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
     """The operation `op` (see ops/schemas.py) of the backend that select() names."""
-    return _operations[_select(device, dtype, backend), op]
+    return _operations[_traced_select(device, dtype, backend), op]
 
 
 for _name, _module in (("reference", reference), ("native", native), ("triton", triton)):

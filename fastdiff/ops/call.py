@@ -127,12 +127,12 @@ def _run(
     backend: str | None = None,
 ) -> list[Tensor]:
     first = states[0]
-    results = out
-    if results is None:
-        results = [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
+    results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
-    targets = [r if r.is_contiguous() else torch.empty(r.shape, dtype=r.dtype, device=r.device)
-               for r in results]  # fmt: skip
+    targets = [
+        r if r.is_contiguous() else torch.empty_like(r, memory_format=torch.contiguous_format)
+        for r in results
+    ]
     operation("step", first.device, table.dtype, backend)(
         [s.contiguous() for s in states],
         [o.contiguous() for o in model_outputs],
@@ -145,20 +145,28 @@ def _run(
     return results
 
 
+def _wants_gradient(*groups: Sequence[Tensor]) -> bool:
+    for group in groups:
+        for tensor in group:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
 def call_step(
     states: list[Tensor],
     spec: StepSpec,
     table: Tensor,
     rows: Tensor,
     *,
-    model_outputs: Sequence[Tensor] = (),
-    noise: Sequence[Tensor] = (),
+    model_outputs: list[Tensor] | None = None,
+    noise: list[Tensor] | None = None,
     keys: Tensor | None = None,
     draws: Tensor | None = None,
     guidance_scale: Tensor | None = None,
     threshold: Tensor | None = None,
     counter: tuple[int, int, int, int] = (0, 0, 0, 0),
-    out_dtypes: Sequence[torch.dtype] | None = None,
+    out_dtypes: list[torch.dtype] | None = None,
     out: list[Tensor] | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
@@ -167,23 +175,23 @@ def call_step(
     Differentiable with respect to states, model outputs, noise tensors and guidance scale.
     Results have the memory layout of states[0]; with `out` they are written there.
     """
+    model_outputs, noise = model_outputs or [], noise or []
+    scales = [] if guidance_scale is None else [guidance_scale]
+    dtypes = out_dtypes or [states[0].dtype] * len(spec.outputs)
+    if out is not None or not torch.is_grad_enabled() or not _wants_gradient(
+        states, model_outputs, noise, scales
+    ):  # fmt: skip
+        return _run(
+            states, model_outputs, noise, guidance_scale, table=table, rows=rows, keys=keys,
+            draws=draws, threshold=threshold, spec=spec.encoded, counter=list(counter),
+            out_dtypes=dtypes, out=out, backend=backend,
+        )  # fmt: skip
     arguments: dict[str, Any] = {
         "table": table, "rows": rows, "keys": keys, "draws": draws, "threshold": threshold,
-        "spec": spec.encoded, "counter": list(counter),
-        "out_dtypes": list(out_dtypes or [states[0].dtype] * len(spec.outputs)),
+        "spec": spec.encoded, "counter": list(counter), "out_dtypes": dtypes,
     }  # fmt: skip
-    tensors = [*states, *model_outputs, *noise]
-    if guidance_scale is not None:
-        tensors.append(guidance_scale)
-    if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        if torch.compiler.is_compiling():  # the compiler differentiates and fuses the definition
-            return step_values(
-                states, model_outputs, noise, guidance_scale=guidance_scale, **arguments
-            )
-        arguments["backend"] = backend
-        count = (len(states), len(model_outputs), len(noise))
-        return list(_Step.apply(arguments, count, *tensors))
-    return _run(
-        states, list(model_outputs), list(noise), guidance_scale, out=out, backend=backend,
-        **arguments,
-    )  # fmt: skip
+    if torch.compiler.is_compiling():  # the compiler differentiates and fuses the definition
+        return step_values(states, model_outputs, noise, guidance_scale=guidance_scale, **arguments)
+    arguments["backend"] = backend
+    count = (len(states), len(model_outputs), len(noise))
+    return list(_Step.apply(arguments, count, *states, *model_outputs, *noise, *scales))

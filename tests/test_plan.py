@@ -40,7 +40,11 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.npz"
     old, new = plans()[:2]
     old.save(path)
-    monkeypatch.setattr("fastdiff.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastdiff.files.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         new.save(path)
     assert fd.SolverPlan.load(path) == old

@@ -1,4 +1,4 @@
-"""Reads what cuobjdump prints of a cubin: resources of kernels, instructions and paths through them.
+"""Reads what cuobjdump prints of a library: resources of kernels, their code, paths through it.
 
 `cheapest_path` counts the instructions that a thread issues from entry to exit when it performs at
 least the given numbers of certain instructions; asking for the loads, stores and transcendentals of
@@ -44,15 +44,16 @@ def demangled(names: list[str]) -> list[str]:
         ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
     ).stdout
     return [
-        re.sub(r"^void |fastdiff::|\(.*$| (?=>)", "", line) for line in text.rstrip("\n").split("\n")
+        re.sub(r"^void |fastdiff::|\(.*$| (?=>)", "", line)
+        for line in text.rstrip("\n").split("\n")
     ]
 
 
-def resources(cuobjdump: Path, cubin: Path) -> dict[str, Resources]:
+def resources(cuobjdump: Path, library: Path, arch: str) -> dict[str, Resources]:
     """Registers and stack (spills are on it) of every kernel."""
     found = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+)",
-        _run(cuobjdump, "--dump-resource-usage", str(cubin)),
+        _run(cuobjdump, "-arch", f"sm_{arch}", "--dump-resource-usage", str(library)),
     )
     names = demangled([name for name, _, _ in found])
     return {
@@ -61,9 +62,10 @@ def resources(cuobjdump: Path, cubin: Path) -> dict[str, Resources]:
     }
 
 
-def instructions(cuobjdump: Path, cubin: Path) -> dict[str, list[Instruction]]:
+def instructions(cuobjdump: Path, library: Path, arch: str) -> dict[str, list[Instruction]]:
     """The machine code of every kernel."""
-    _, *functions = re.split(r"\n\s*Function : ", _run(cuobjdump, "-sass", str(cubin)))
+    text = _run(cuobjdump, "-arch", f"sm_{arch}", "-sass", str(library))
+    _, *functions = re.split(r"\n\s*Function : ", text)
     names = demangled([text.split("\n", 1)[0].strip() for text in functions])
     line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][^;]*;)")
     return {
@@ -76,7 +78,7 @@ def instructions(cuobjdump: Path, cubin: Path) -> dict[str, list[Instruction]]:
 
 
 def cheapest_path(code: list[Instruction], doing: Mapping[str, int]) -> int:
-    """Instructions on the shortest path to an EXIT with `doing[pattern]` matches of each pattern."""
+    """Instructions on the shortest path to an EXIT with doing[pattern] matches of each pattern."""
     position = {instruction.address: index for index, instruction in enumerate(code)}
     patterns = [re.compile(pattern) for pattern in doing]
     wanted = tuple(doing.values())
@@ -90,7 +92,8 @@ def cheapest_path(code: list[Instruction], doing: Mapping[str, int]) -> int:
         best[index, done] = cost
         instruction = code[index]
         done = tuple(
-            min(count + hit, most) for count, hit, most in zip(done, hits[index], wanted, strict=True)
+            min(count + hit, most)
+            for count, hit, most in zip(done, hits[index], wanted, strict=True)
         )
         if instruction.opcode == "EXIT":
             if done == wanted:

@@ -75,26 +75,55 @@ FD_HD void normals_run(const Draw& draw, uint32_t first_block, S* z) {
   }
 }
 
+// What a block reads and writes once its noise is made. It is fetched while the noise is being
+// made, which keeps the arithmetic units busy and the memory system idle otherwise.
+class Ahead {
+ public:
+  void add(const char* data, int64_t element_size) { streams_[count_++] = {data, element_size}; }
+  FD_HD void fetch(int64_t first, int64_t elements) const {
+    for (int k = 0; k < count_; ++k) {
+      const char* line = streams_[k].data + first * streams_[k].element_size;
+      const char* end = line + elements * streams_[k].element_size;
+      for (; line < end; line += 64) __builtin_prefetch(line);
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* data;
+    int64_t element_size;
+  };
+  int count_ = 0;
+  Stream streams_[kMaxStates + 3 + kMaxDraws + kMaxOutputs + 2];
+};
+
+struct NothingAhead {
+  FD_HD void fetch(int64_t, int64_t) const {}
+};
+
 // At least `count` normals: whole runs.
-template <class S>
+template <class S, class A = NothingAhead>
 __attribute__((noinline)) void fill_normals(const Draw draw, uint32_t first_block, S* z,
-                                            int64_t count) {
-  for (int64_t i = 0; i < count; i += kRun)
+                                            int64_t count, const A& ahead = {}) {
+  for (int64_t i = 0; i < count; i += kRun) {
+    ahead.fetch(i, kRun);
     normals_run(draw, first_block + static_cast<uint32_t>(i / 4), z + i);
+  }
 }
 
 // The noise of a fused operation, in memory of kBlock floats. float64 noise is the float32 normal
 // widened, so it is left as float32: noise_storage() is how it lies there.
 inline DType noise_storage(DType dtype) { return dtype == DType::f64 ? DType::f32 : dtype; }
 
-inline void fill_noise(DType dtype, const Draw& draw, uint32_t first_block, void* z,
-                       int64_t count) {
+template <class A = NothingAhead>
+void fill_noise(DType dtype, const Draw& draw, uint32_t first_block, void* z, int64_t count,
+                const A& ahead = {}) {
   if (dtype == DType::bf16)
-    fill_normals(draw, first_block, static_cast<bf16_t*>(z), count);
+    fill_normals(draw, first_block, static_cast<bf16_t*>(z), count, ahead);
   else if (dtype == DType::f16)
-    fill_normals(draw, first_block, static_cast<f16_t*>(z), count);
+    fill_normals(draw, first_block, static_cast<f16_t*>(z), count, ahead);
   else
-    fill_normals(draw, first_block, static_cast<float*>(z), count);
+    fill_normals(draw, first_block, static_cast<float*>(z), count, ahead);
 }
 
 template <class S>

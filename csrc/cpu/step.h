@@ -63,19 +63,18 @@ class StepKernel {
       for (T& entry : nan_row) entry = static_cast<T>(NAN);
       table = nan_row;
     }
-    low_ = table[0];
-    high_ = table[1];
+    clamp_ = {table[0], table[1]};
     input_scale_ = table[2];
     log_low_ = table[3];
     log_high_ = table[4];
     if (p_.guidance_scale) guidance_ = static_cast<T>(p_.guidance_scale[b * p_.guidance_stride]);
     if (p_.threshold) {
-      high_ = static_cast<T>(p_.threshold[b * p_.threshold_stride]);
-      low_ = -high_;
-      inverse_bound_ = static_cast<T>(1) / high_;
+      const T bound = static_cast<T>(p_.threshold[b * p_.threshold_stride]);
+      clamp_ = {-bound, bound, static_cast<T>(1) / bound};
     }
     const T* coefficients = table + kHeader;
-    if (p_.clamp_mask >= 0) compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamp_);
+    if (p_.clamp_mask >= 0)
+      compact(p_.clamp_mask, /*with_clamped=*/false, coefficients, clamped_sum_);
     coefficients += p_.states + 1 + p_.draws;
     for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws)
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
@@ -150,9 +149,10 @@ class StepKernel {
     for (UniformSum& sum : uniform_) sum = nullptr;
     if constexpr (std::is_same_v<T, float>) {
       const Place* clamped = &sources_[kClamped].here;
-      const DType clamp_type = clamp_.count > 0 ? clamp_.terms[0].source->dtype : DType::f32;
+      const DType clamp_type =
+          clamped_sum_.count > 0 ? clamped_sum_.terms[0].source->dtype : DType::f32;
       if (sources_[kClamped].used)
-        clamp_uniform_ = uniform_sum_for(clamp_, clamp_type, Mode::kScratch, nullptr);
+        clamp_uniform_ = uniform_sum_for(clamped_sum_, clamp_type, Mode::kScratch, nullptr);
       const bool packed = clamp_uniform_ && clamp_type == DType::bf16;
       bool all_take_packed = true;
       for (int r = 0; r < p_.outputs; ++r) {
@@ -180,7 +180,8 @@ class StepKernel {
   // lines have not been loaded as an input. Called after compact().
   bool streams(int r) const {
     const int64_t size = size_of(p_.out[r].dtype);
-    return p_.batch * p_.n * size >= kStreamBytes && one_pass() && !overwrites_ &&
+    const bool read_again = r == 0 && p_.model_input.data;
+    return p_.batch * p_.n * size >= kStreamBytes && !read_again && !overwrites_ &&
            reinterpret_cast<uintptr_t>(p_.out[r].data) % kRegisterBytes == 0 &&
            p_.n * size % kRegisterBytes == 0;
   }
@@ -226,12 +227,19 @@ class StepKernel {
   // `count` elements, calculated as `padded`, which is whole groups.
   void run_groups(int64_t begin, int64_t count, int64_t padded) {
     const bool tail = count != padded;
-    for (int k = 0; k < kSources; ++k)
-      if (sources_[k].used) enter(k, begin, count, tail);
+    const int64_t element = sample_ * p_.n + begin;
+    Ahead ahead;
+    for (int k = 0; k < kNoise + (p_.seeded ? 0 : p_.draws); ++k)
+      if (sources_[k].used && sources_[k].data) find(k, begin, count, tail, ahead);
+    for (int r = 0; r < p_.outputs; ++r)
+      ahead.add(at(p_.out[r], element), size_of(p_.out[r].dtype));
+    for (int k = 0; k < p_.draws; ++k)
+      if (p_.seeded && sources_[kNoise + k].used)
+        fill_noise(p_.noise_dtype, draws_[k], static_cast<uint32_t>(begin / 4), scratch_.noise[k],
+                   padded, k == 0 ? ahead : Ahead{});
     if (sources_[kVariance].used) make_scale(padded);
     if (sources_[kClamped].used) make_clamped(padded);
     const int copies = p_.model_input.data ? p_.model_input_copies : 0;
-    const int64_t element = sample_ * p_.n + begin;
     Place targets[kMaxOutputs], inputs[2];
     for (int r = 0; r < p_.outputs; ++r)
       targets[r] = {tail ? scratch_.tail_out[r].bytes : at(p_.out[r], element), p_.out[r].dtype};
@@ -252,22 +260,17 @@ class StepKernel {
     return static_cast<size_t>(count * size_of(dtype));
   }
 
-  // Points source k at elements begin.. of the sample, or makes it.
-  void enter(int k, int64_t begin, int64_t count, bool tail) {
+  // Points source k at elements begin.. of the sample, in memory or in a padded copy.
+  void find(int k, int64_t begin, int64_t count, bool tail, Ahead& ahead) {
     Source& source = sources_[k];
-    if (source.data) {
-      const int64_t element = sample_ * source.sample_size + source.first + begin;
-      source.here.data = const_cast<char*>(source.data) + element * source.size;
-      if (!tail) return;
-      char* copy = scratch_.tail_in[k].bytes;
-      const size_t used = bytes(count, source.here.dtype);
-      memcpy(copy, source.here.data, used);
-      memset(copy + used, 0, bytes(kGroup, source.here.dtype) - used);
-      source.here.data = copy;
-    } else if (k >= kNoise) {
-      fill_noise(p_.noise_dtype, draws_[k - kNoise], static_cast<uint32_t>(begin / 4),
-                 scratch_.noise[k - kNoise], tail ? kGroup : count);
-    }
+    const int64_t element = sample_ * source.sample_size + source.first + begin;
+    source.here.data = const_cast<char*>(source.data) + element * source.size;
+    if (!tail) return ahead.add(source.here.data, source.size);
+    char* copy = scratch_.tail_in[k].bytes;
+    const size_t used = bytes(count, source.here.dtype);
+    memcpy(copy, source.here.data, used);
+    memset(copy + used, 0, bytes(kGroup, source.here.dtype) - used);
+    source.here.data = copy;
   }
 
   void make_scale(int64_t padded) {
@@ -289,23 +292,15 @@ class StepKernel {
   }
 
   void make_clamped(int64_t padded) {
-    using V = typename Group<T>::V;
-    const V low = broadcast<V>(low_), high = broadcast<V>(high_);
     if constexpr (std::is_same_v<T, float>)
       if (clamp_uniform_)
-        clamp_uniform_(clamp_, guidance_, padded, reinterpret_cast<char*>(scratch_.clamped));
+        return clamp_uniform_(clamped_sum_, guidance_, clamp_, padded,
+                              reinterpret_cast<char*>(scratch_.clamped));
     for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> c;
-      if (clamp_uniform_)
-        load_group(scratch_.clamped + i, c);
-      else
-        evaluate(clamp_, guidance_, i, c);
+      evaluate(clamped_sum_, guidance_, i, c);
 #pragma GCC unroll 8
-      for (int u = 0; u < kUnroll; ++u) {
-        const V at_most = c.v[u] > high ? high : c.v[u];  // NaN passes both
-        c.v[u] = c.v[u] < low ? low : at_most;
-        if (p_.threshold) c.v[u] = c.v[u] * inverse_bound_;
-      }
+      for (int u = 0; u < kUnroll; ++u) c.v[u] = clamp_(c.v[u]);
       store_group(scratch_.clamped + i, c);
     }
   }
@@ -331,7 +326,7 @@ class StepKernel {
 
   void write_row(int r, const Place& target, int64_t padded) const {
     if constexpr (std::is_same_v<T, float>)
-      if (uniform_[r]) return uniform_[r](rows_[r], guidance_, padded, target.data);
+      if (uniform_[r]) return uniform_[r](rows_[r], guidance_, clamp_, padded, target.data);
     for (int64_t i = 0; i < padded; i += kGroup) {
       Group<T> value;
       evaluate(rows_[r], guidance_, i, value);
@@ -355,8 +350,9 @@ class StepKernel {
   Source sources_[kSources];
   bool overwrites_, staged_;
   int64_t sample_ = -1;
-  T low_, high_, input_scale_, log_low_, log_high_, guidance_ = 0, inverse_bound_ = 0;
-  Sum<T> clamp_{}, rows_[kMaxOutputs];
+  T input_scale_, log_low_, log_high_, guidance_ = 0;
+  Clamp<T> clamp_{};
+  Sum<T> clamped_sum_{}, rows_[kMaxOutputs];
   UniformSum clamp_uniform_, uniform_[kMaxOutputs];
   Draw draws_[kMaxDraws];
 };

@@ -106,17 +106,32 @@ struct Pack<bf16_t> {
   }
 };
 
-using UniformSum = void (*)(const Sum<float>& sum, float guidance, int64_t count, char* target);
+// What becomes of the clamp node's value: clamped, NaN passing, then scaled (by 1 unless a
+// threshold is divided out).
+template <class T>
+struct Clamp {
+  T low, high, scale = 1;
+
+  template <class V>
+  FD_HD V operator()(V value) const {
+    const V at_most = value > high ? broadcast<V>(high) : value;
+    return (value < low ? broadcast<V>(low) : at_most) * scale;
+  }
+};
+
+using UniformSum = void (*)(const Sum<float>& sum, float guidance, const Clamp<float>& clamp,
+                            int64_t count, char* target);
 
 enum class Mode {
   kStore,
   kStream,   // stored past the caches
-  kScratch,  // the target is the clamp node: float, in the order in which Pack<S> lays floats out
+  kScratch,  // clamped; the target is float, in the order in which Pack<S> lays floats out
   kMixed,    // a source is the clamp node in that form
 };
 
 template <class S, int kTerms, bool kGuided, Mode kMode>
-void uniform_sum(const Sum<float>& sum, float guidance, int64_t count, char* target) {
+void uniform_sum(const Sum<float>& sum, float guidance, const Clamp<float>& clamp, int64_t count,
+                 char* target) {
   using P = Pack<S>;
   using F = Lanes::F;
   constexpr int kStep = 4 * Lanes::kCount, kPacks = kStep / P::kSize;
@@ -151,10 +166,13 @@ void uniform_sum(const Sum<float>& sum, float guidance, int64_t count, char* tar
           acc[v] = k == 0 ? a[k] * value[v] : acc[v] + a[k] * value[v];
         }
       }
-      if constexpr (kMode == Mode::kScratch)
+      if constexpr (kMode == Mode::kScratch) {
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) acc[v] = clamp(acc[v]);
         store_floats(reinterpret_cast<float*>(target) + i, acc);
-      else
+      } else {
         P::template pack<kMode == Mode::kStream>(reinterpret_cast<S*>(target) + i, acc);
+      }
     }
   }
 }
@@ -177,15 +195,18 @@ inline UniformSum uniform_sum_for(const Sum<float>& sum, DType type, Mode mode,
     const Term<float>& term = sum.terms[k];
     const bool guided_early = term.base && k + 1 < sum.count;
     if (term.scale || guided_early || (term.base && term.base->dtype != type)) return nullptr;
-    if (term.source == clamped)
-      mode = Mode::kMixed;
-    else if (term.source->dtype != type)
+    if (term.source == clamped) {
+      if (type != DType::f32) mode = Mode::kMixed;  // floats are in memory order anyway
+    } else if (term.source->dtype != type) {
       return nullptr;
+    }
   }
   const bool guided = sum.count > 0 && sum.terms[sum.count - 1].base;
-  if (type == DType::f32)  // floats of memory order are nothing special
-    return mode == Mode::kStream ? uniform_sum_of<float, Mode::kStream>(sum.count, guided)
-                                 : uniform_sum_of<float, Mode::kStore>(sum.count, guided);
+  if (type == DType::f32) {
+    if (mode == Mode::kScratch) return uniform_sum_of<float, Mode::kScratch>(sum.count, guided);
+    if (mode == Mode::kStream) return uniform_sum_of<float, Mode::kStream>(sum.count, guided);
+    return uniform_sum_of<float, Mode::kStore>(sum.count, guided);
+  }
   if (type == DType::bf16) {
     if (mode == Mode::kStore) return uniform_sum_of<bf16_t, Mode::kStore>(sum.count, guided);
     if (mode == Mode::kStream) return uniform_sum_of<bf16_t, Mode::kStream>(sum.count, guided);

@@ -102,33 +102,33 @@ struct PlainRow {
   }
 };
 
-template <class P>
-__global__ void __launch_bounds__(kThreads, P::kResident)
-    plain_kernel(const __grid_constant__ StepParams p) {
+// All chunks of this thread. kDense: state and model output are known to be used.
+template <class P, bool kDense>
+__device__ __forceinline__ void plain_sample(const StepParams& p, const PlainRow<P>& weights,
+                                             const Draw& draw, uint32_t b) {
   using L = typename P::L;
-  const uint32_t b = sample_index();
-  if (b >= p.batch) return;
-  const Row row = Row::of(p, b);
-  const PlainRow<P> weights(p, row, b);
-  const Draw draw = draw_of(p, row, b, 0);
-
+  const bool reads_state = kDense || weights.reads_state;
+  const bool reads_model = P::kModel && (kDense || weights.reads_model);
   for_each_block<L>(p.n, [&](uint32_t block, uint32_t last) {
     const auto element = [&](uint32_t at) { return b * p.n + static_cast<int64_t>(at) * 4; };
-    const int64_t first = element(block);
+    const int64_t first = kDense ? hidden(element(block)) : element(block);
     Source<typename P::State, L> state;
     Source<typename P::Model, L> model, conditional;
     Sink<typename P::State, L> out;
     Sink<typename P::Model, L> input;
-    if (weights.reads_state) state.fetch(p.state[0], first);
-    if (P::kModel && weights.reads_model) {
+    if (reads_state) state.fetch(p.state[0], first);
+    if (reads_model) {
       model.fetch(p.model_output[0], first);
-      if (p.model_outputs == 2) conditional.fetch(p.model_output[1], first);
+      if (kDense && p.model_outputs == 2) conditional.fetch(p.model_output[1], first);
     }
     const auto read_model = [&](int g, float (&o)[4]) {
       model.read(p.model_output[0], first, g, true, o);
       if (p.model_outputs != 2) return;
-      // Held where registers are left, loaded anew beside noise.
-      const float g_scale = P::kNoise || P::kClamp ? guidance_of(p, hidden(b)) : weights.guidance;
+      // Held where registers are left for it, else loaded anew.
+      constexpr bool kHeld = kDense && sizeof(typename P::Model) == 2;
+      const float g_scale = kHeld ? weights.guidance : guidance_of(p, hidden(b));
+      // Two packed operands at a time are too many here; the second fetch is from L1.
+      if (!kDense) conditional.fetch(p.model_output[1], first);
       float other[4];
       conditional.read(p.model_output[1], first, g, true, other);
       FD_UNROLL
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
     for (int g = 0; g < L::kGroups; ++g) {
       if (L::kStride > 1 && block + g * L::kStride > last) break;
       float sum[4], v[4];
-      state.read(p.state[0], first, g, weights.reads_state, v);
+      state.read(p.state[0], first, g, reads_state, v);
       if constexpr (P::kClamp) {
         float c[4];
         FD_UNROLL
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
           sum[k] = weights.state != 0.0f ? weights.state * v[k] : kNegativeZero;
           c[k] = weights.state_inside != 0.0f ? weights.state_inside * v[k] : kNegativeZero;
         }
-        if (weights.reads_model) {
+        if (reads_model) {
           read_model(g, v);
           accumulate(c, weights.model_inside, v);
         }
@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
         if (weights.clamp != 0.0f) accumulate(sum, weights.clamp, c);
       } else {
         // An unused state reads as 0, and 0 * -1 is the empty sum.
-        const float weight = weights.state != 0.0f ? weights.state : -1.0f;
+        const float weight = kDense || weights.state != 0.0f ? weights.state : -1.0f;
         FD_UNROLL
         for (int k = 0; k < 4; ++k) sum[k] = weight * v[k];
-        if (P::kModel && weights.reads_model) {
+        if (reads_model) {
           read_model(g, v);
           accumulate(sum, weights.model, v);
         }
@@ -179,6 +179,22 @@ __global__ void __launch_bounds__(kThreads, P::kResident)
       }
     }
   });
+}
+
+template <class P>
+__global__ void __launch_bounds__(kThreads, P::kResident)
+    plain_kernel(const __grid_constant__ StepParams p) {
+  const uint32_t b = sample_index();
+  if (b >= p.batch) return;
+  const Row row = Row::of(p, b);
+  const PlainRow<P> weights(p, row, b);
+  const Draw draw = draw_of(p, row, b, 0);
+  // Beside noise or a clamp node the branches that this saves do not count.
+  if (!P::kNoise && !P::kClamp && weights.reads_state && weights.reads_model) {
+    plain_sample<P, true>(p, weights, draw, b);
+  } else {
+    plain_sample<P, false>(p, weights, draw, b);
+  }
 }
 
 }  // namespace fastdiff

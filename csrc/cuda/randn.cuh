@@ -43,7 +43,8 @@ __device__ __forceinline__ void box_muller_fast(uint32_t a, uint32_t b, float& z
   const float phi = static_cast<float>(static_cast<int32_t>(b << 2)) * 0x1.921fb6p-32f;  // pi/4 y
   float r, s, c;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(u));
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(r * -0x1.62e430p+0f));
+  // The absolute value costs nothing and keeps an error of the logarithm at u = 1 from being NaN.
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fabsf(r * -0x1.62e430p+0f)));
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(phi));
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(c) : "f"(phi));
   c = __uint_as_float(__float_as_uint(c) ^ (b & 0x80000000u));

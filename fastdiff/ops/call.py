@@ -129,20 +129,20 @@ def _run(
     first = states[0]
     results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
-    targets = [
-        r if r.is_contiguous() else torch.empty_like(r, memory_format=torch.contiguous_format)
-        for r in results
-    ]
+    targets = [r if r.is_contiguous() else _row_major(r) for r in results]
     operation("step", first.device, table.dtype, backend)(
-        [s.contiguous() for s in states],
-        [o.contiguous() for o in model_outputs],
-        [z.contiguous() for z in noise],
-        table, rows, keys, draws, guidance_scale, threshold, spec, counter, targets, None,
+        [s.contiguous() for s in states], [o.contiguous() for o in model_outputs],
+        [z.contiguous() for z in noise], table, rows, keys, draws, guidance_scale, threshold, spec,
+        counter, targets, None,
     )  # fmt: skip
-    for result, target in zip(results, targets, strict=True):
-        if result is not target:
-            result.copy_(target)
+    for k, target in enumerate(targets):
+        if results[k] is not target:
+            results[k].copy_(target)
     return results
+
+
+def _row_major(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _wants_gradient(*groups: Sequence[Tensor]) -> bool:
@@ -178,9 +178,8 @@ def call_step(
     model_outputs, noise = model_outputs or [], noise or []
     scales = [] if guidance_scale is None else [guidance_scale]
     dtypes = out_dtypes or [states[0].dtype] * len(spec.outputs)
-    if out is not None or not torch.is_grad_enabled() or not _wants_gradient(
-        states, model_outputs, noise, scales
-    ):  # fmt: skip
+    differentiable = out is None and torch.is_grad_enabled()
+    if not (differentiable and _wants_gradient(states, model_outputs, noise, scales)):
         return _run(
             states, model_outputs, noise, guidance_scale, table=table, rows=rows, keys=keys,
             draws=draws, threshold=threshold, spec=spec.encoded, counter=list(counter),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdiff.ops.held import held
+
 __all__ = [
     "FLOATING",
     "check_like",
@@ -169,19 +171,27 @@ def resolve_rows(
     An out-of-range t is refused where it can be read without waiting: an int, or a CPU tensor. On
     a GPU it gives NaN for its sample; check=True synchronizes and raises instead.
     """
-    if isinstance(t, bool) or not isinstance(t, (int, Tensor)):
+    if isinstance(t, Tensor):
+        if t.dtype not in _INTEGER:
+            raise TypeError(f"t must be an integer tensor, not {t.dtype}")
+        if t.dim() > 1 or t.numel() not in (1, batch):
+            raise ValueError(f"t must have shape ({batch},) or (1,), not {tuple(t.shape)}")
+        readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (readable or check) and t.device.type != "meta":
+            low, high = (t, t) if t.numel() == 1 else torch.aminmax(t)
+            if int(low) < 0 or int(high) >= count:
+                raise ValueError(f"t must be in [0, {count}), but has {int(low)} to {int(high)}")
+        if t.dim() == 1 and t.dtype == torch.int64 and t.device == device:
+            return t
+        return t.reshape(-1).to(device=device, dtype=torch.int64)
+    if isinstance(t, bool) or not isinstance(t, (int, torch.SymInt)):
         raise TypeError(f"t must be an int or an integer tensor, not {type(t).__name__}")
-    if isinstance(t, int):
-        if not 0 <= t < count:
-            raise ValueError(f"t must be in [0, {count}), not {t}")
+    if not 0 <= t < count:
+        raise ValueError(f"t must be in [0, {count}), not {t}")
+    if torch.compiler.is_compiling():
         return torch.full((1,), t, dtype=torch.int64, device=device)
-    if t.dtype not in _INTEGER:
-        raise TypeError(f"t must be an integer tensor, not {t.dtype}")
-    if t.dim() > 1 or t.numel() not in (1, batch):
-        raise ValueError(f"t must have shape ({batch},) or (1,), not {tuple(t.shape)}")
-    readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (readable or check) and t.device.type != "meta":
-        low, high = torch.aminmax(t)
-        if int(low) < 0 or int(high) >= count:
-            raise ValueError(f"t must be in [0, {count}), but has {int(low)} to {int(high)}")
-    return t.reshape(-1).to(device=device, dtype=torch.int64)
+    return held("", _indices, count, device)[t : t + 1]  # no launch, unlike torch.full
+
+
+def _indices(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count).to(device)

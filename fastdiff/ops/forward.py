@@ -24,7 +24,7 @@ from fastdiff.ops.checks import (
     resolve_rows,
     resolve_seed,
 )
-from fastdiff.ops.held import held
+from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
 from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
 
@@ -47,6 +47,8 @@ def _check_schedule(schedule: object, chain: bool = False) -> None:
 
 
 def _check_one_noise(seed: object, noise: object, generator: object) -> None:
+    if seed is not None and noise is None and generator is None:
+        return
     given = [
         name
         for name, value in (("seed", seed), ("noise", noise), ("generator", generator))
@@ -130,6 +132,14 @@ def _uploaded_values(
     return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
 
 
+@remembered
+def _q_sample_spec(kind: str, dtype: torch.dtype, fast: bool) -> StepSpec:
+    # Columns S0, o, c, z0.
+    masks = {"x_t": 9, "noise": 8, "epsilon": 8, "sample": 1, "v": 9, "flow": 9}
+    outputs = tuple(masks[name] for name in kind.split("+"))
+    return StepSpec(states=1, outputs=outputs, draws=1, noise_dtype=dtype, fast=fast)
+
+
 def q_sample(
     x_start: Tensor,
     t: int | Tensor,
@@ -190,20 +200,15 @@ def q_sample(
     keys, low, offset = None, 0, 0
     if seed is not None:
         keys, low, offset = resolve_seed(seed, sample_offset, x_start.shape[0], x_start.device)
-    kinds = ["x_t"] + ["noise"] * return_noise + ([target] if target else [])
+    kind = "x_t" + ("+noise" if return_noise else "") + (f"+{target}" if target else "")
+    spec = _q_sample_spec(kind, x_start.dtype, fast)
     if out is not None:
         inputs = [x_start] if noise is None else [x_start, noise]
         check_out("out", out, "x_start", x_start, x_start.dtype, inputs)
-    # Columns S0, o, c, z0.
-    masks = {"x_t": 9, "noise": 8, "epsilon": 8, "sample": 1, "v": 9, "flow": 9}
-    spec = StepSpec(
-        states=1, outputs=tuple(masks[kind] for kind in kinds), draws=1,
-        noise_dtype=x_start.dtype, fast=fast,
-    )  # fmt: skip
-    table = _table(schedule, "+".join(kinds), x_start)
+    table = _table(schedule, kind, x_start)
     outputs = None
     if out is not None:
-        outputs = [out] + [torch.empty_like(x_start) for _ in kinds[1:]]
+        outputs = [out] + [torch.empty_like(x_start) for _ in spec.outputs[1:]]
     results = call_step(
         [x_start], spec, table, rows, noise=noise_from(noise, generator, x_start), keys=keys,
         counter=(low, offset, step, STREAM_Q_SAMPLE), out=outputs, backend=backend,

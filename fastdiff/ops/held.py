@@ -8,12 +8,16 @@ Dynamo takes two of them in one graph for the same one.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["held"]
+__all__ = ["held", "remembered"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIMIT = 1024  # tables; then all are dropped and made again, which only costs time
 
@@ -49,3 +53,18 @@ def held(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> Tens
     """
     tensor: Tensor = getattr(_store, _name(fingerprint, make, *arguments))
     return tensor
+
+
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """lru_cache for functions of hashable arguments that compiled code calls too.
+
+    Dynamo warns about lru_cache and traces through it; here it traces the function itself.
+    """
+    cached: Callable[..., R] = lru_cache(maxsize=1024)(function)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return cached(*args, **kwargs)
+
+    return call

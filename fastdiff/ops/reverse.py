@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.ops.call import call_step, compute_dtype, noise_from
 from fastdiff.ops.checks import check_like, check_out, check_sample, resolve_rows, resolve_seed
 from fastdiff.ops.forward import _check_one_noise, _check_schedule
-from fastdiff.ops.held import held
+from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
@@ -58,20 +58,15 @@ def _plan(kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...]) -> Sol
     return (_ddpm_plan if kind == "ddpm" else _ddim_plan)(schedule, *arguments)
 
 
-@lru_cache(maxsize=256)
-def _cached_structure(
-    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
+@torch.compiler.assume_constant_result
+def _structure(
+    fingerprint: str, kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
 ) -> tuple[int, ...]:
+    # The fingerprint makes a compiled graph guard on the schedule's content.
     plan = _plan(kind, schedule, arguments)
     spec = plan.spec(torch.float32, preview)
     clamp = -1 if spec.clamp is None else spec.clamp
     return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
-
-
-@torch.compiler.assume_constant_result
-def _structure(fingerprint: str, *key: Any) -> tuple[int, ...]:
-    # The fingerprint makes a compiled graph guard on the schedule's content.
-    return _cached_structure(*key)
 
 
 def _table(
@@ -88,17 +83,18 @@ def _draws(
     return _plan(kind, schedule, arguments).on(device, dtype, preview).draws
 
 
+@remembered
 def _rows_of(
     kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool, fast: bool,
-    x_t: Tensor,
+    device: torch.device, dtype: torch.dtype,
 ) -> _Rows:  # fmt: skip
     key = (kind, schedule, arguments, preview)
     rows, noisy, learned, clamp, *outputs = _structure(schedule.fingerprint, *key)
     spec = StepSpec(
         states=1, outputs=tuple(outputs), clamp=None if clamp < 0 else clamp, draws=1,
-        noise_dtype=x_t.dtype, learned=bool(learned), fast=fast,
+        noise_dtype=dtype, learned=bool(learned), fast=fast,
     )  # fmt: skip
-    place = (x_t.device, compute_dtype(x_t.dtype))
+    place = (device, compute_dtype(dtype))
     table = held(schedule.fingerprint, _table, *key, *place)
     draws = held(schedule.fingerprint, _draws, *key, *place)
     return _Rows(spec, table, draws, rows, bool(noisy))
@@ -134,7 +130,7 @@ def _reverse_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_schedule(schedule, chain=True)
     check_sample("x_t", x_t)
-    plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t)
+    plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t.device, x_t.dtype)
     _check_model_output(model_output, x_t, plan.spec.learned)
     if plan.noisy or any(v is not None for v in (seed, noise, generator)):
         _check_one_noise(seed, noise, generator)
@@ -251,7 +247,7 @@ def p_mean_variance(
     check_sample("x_t", x_t)
     arguments = (prediction_type, variance, clip)
     # The plan's rows with x_0 as second output; the noise column, last, is masked off.
-    plan = _rows_of("ddpm", schedule, arguments, True, False, x_t)
+    plan = _rows_of("ddpm", schedule, arguments, True, False, x_t.device, x_t.dtype)
     _check_model_output(model_output, x_t, plan.spec.learned)
     spec = replace(plan.spec, outputs=tuple(mask & 7 for mask in plan.spec.outputs))
     rows = plan.rows - 1 - resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)

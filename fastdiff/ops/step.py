@@ -17,7 +17,7 @@ q_sample, the q-posterior mean, DDPM, DDIM and every other solver are rows of su
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class StepSpec:
         learned: the model output carries C more channels v in [-1, 1]; the noise coefficient is
             multiplied by exp(f * half_log_variance_max + (1 - f) * half_log_variance_min),
             f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-        fast: noise="fast".
+        fast: approximate functions in GPU noise.
+        encoded: the `spec` argument of the operation.
     """
 
     states: int
@@ -56,6 +57,7 @@ class StepSpec:
     noise_dtype: torch.dtype = torch.float32
     learned: bool = False
     fast: bool = False
+    encoded: list[int] = field(init=False, compare=False, repr=False)
 
     @property
     def columns(self) -> int:
@@ -72,12 +74,10 @@ class StepSpec:
         bit = 1 << self.states
         return any(mask & bit for mask in (*self.outputs, self.clamp or 0))
 
-    @property
-    def encoded(self) -> list[int]:
-        """The `spec` argument of the operation."""
+    def __post_init__(self) -> None:
         clamp = -1 if self.clamp is None else self.clamp
         head = [self.draws, DTYPE_CODES[self.noise_dtype], int(self.learned), int(self.fast), clamp]
-        return head + list(self.outputs)
+        object.__setattr__(self, "encoded", head + list(self.outputs))
 
 
 def step_values(

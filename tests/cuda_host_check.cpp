@@ -1,0 +1,122 @@
+// Runs the CUDA launchers, compiled for the host, on buffers of exactly their tensors' sizes, for
+// the sanitizers that tests/test_cuda_sources.py compiles this with. Prints what went wrong.
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "include/params.h"
+
+namespace {
+
+using namespace fastdiff;
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (!condition) {
+    std::printf("%s\n", what);
+    ++failures;
+  }
+}
+
+// Keeps every buffer of one launch; each starts `offset` elements after an aligned address, where
+// its bytes end exactly.
+struct Buffers {
+  int64_t offset;
+  std::vector<std::unique_ptr<char[]>> kept;
+
+  Operand operator()(DType dtype, int64_t elements) {
+    const int64_t size = dtype == DType::f32 ? 4 : 2;
+    kept.emplace_back(new char[static_cast<size_t>((elements + offset) * size)]());
+    return {kept.back().get() + offset * size, dtype};
+  }
+};
+
+constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr int64_t kSizes[] = {1, 3, 4, 7, 8, 12, 127, 128, 132, 136, 256, 264, 1023, 4097, 9000};
+
+void check_randn(DType dtype, int64_t n, int64_t offset) {
+  Buffers buffer{offset, {}};
+  RandnParams p{};
+  p.out = buffer(dtype, 3 * n);
+  p.batch = 3;
+  p.n = n;
+  expect(launch_randn(p, nullptr) == 0, "randn failed");
+}
+
+// Columns [S0, o, c, z] of `states` states, all used.
+void check_step(DType state, DType model, int64_t n, int64_t offset, int states, int outputs,
+                bool clamped, int64_t rows_stride) {
+  Buffers buffer{offset, {}};
+  StepParams p{};
+  p.batch = 3;
+  p.n = n;
+  p.states = states;
+  p.model_outputs = 2;
+  p.outputs = outputs;
+  p.draws = rows_stride != 0;
+  p.seeded = true;
+  p.noise_dtype = state;
+  const int columns = states + 2 + p.draws;
+  p.clamp_mask = clamped ? (2 << states) - 1 : -1;
+  for (int k = 0; k < states; ++k) p.state[k] = buffer(state, 3 * n);
+  for (int k = 0; k < 2; ++k) p.model_output[k] = buffer(model, 3 * n);
+  for (int r = 0; r < outputs; ++r) {
+    p.out[r] = buffer(state, 3 * n);
+    p.output_mask[r] = ((1 << columns) - 1) & ~(clamped ? 1 << states : 2 << states);
+  }
+  p.model_input = buffer(model, 6 * n);
+  p.model_input_copies = 2;
+  p.table_rows = 2;
+  p.table_width = kHeader + columns - 1 + outputs * columns;
+  const std::vector<float> table(static_cast<size_t>(2 * p.table_width), 0.5f);
+  const std::vector<int64_t> rows = {0, 1, 2};  // the last one is outside of the table
+  const std::vector<float> guidance = {1.5f};
+  p.table = table.data();
+  p.rows = rows.data();
+  p.rows_stride = rows_stride;
+  p.guidance_scale = guidance.data();
+  expect(launch_step(p, nullptr) == 0, "step failed");
+
+  p.table_dtype = DType::f64;
+  expect(launch_step(p, nullptr) != 0, "a float64 table was accepted");
+  p.table_dtype = DType::f32;
+  p.state[0].dtype = DType::f64;
+  expect(launch_step(p, nullptr) != 0, "a float64 state was accepted");
+}
+
+void check_chain(DType dtype, int64_t n, int64_t offset) {
+  Buffers buffer{offset, {}};
+  const std::vector<float> table(6, 0.5f);
+  const std::vector<int64_t> slots = {1, -1, 0};
+  ChainParams p{};
+  p.batch = 2;
+  p.n = n;
+  p.steps = 3;
+  p.x_start = buffer(dtype, 2 * n);
+  p.out = buffer(dtype, 4 * n);
+  p.table = table.data();
+  p.slots = slots.data();
+  expect(launch_chain(p, nullptr) == 0, "chain failed");
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t n : kSizes) {
+    for (const int64_t offset : {0, 1}) {
+      for (const DType state : kTypes) {
+        check_randn(state, n, offset);
+        check_chain(state, n, offset);
+        for (const DType model : kTypes) {
+          for (const int64_t rows_stride : {0, 1}) {
+            check_step(state, model, n, offset, 1, 1, false, rows_stride);
+            check_step(state, model, n, offset, 1, 1, true, rows_stride);
+            check_step(state, model, n, offset, 2, 3, true, rows_stride);
+          }
+        }
+      }
+    }
+  }
+  return failures != 0;
+}

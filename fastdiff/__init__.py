@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 from fastdiff import backends, noise, ops, schedules, solvers
 from fastdiff.backends import BackendError, use_backend
-from fastdiff.engine import Run, Sampler, StepState, sample
+from fastdiff.engine import Sampler, StepState, sample
 from fastdiff.ops.draw import randn
 from fastdiff.ops.forward import (
     q_chain,
@@ -21,6 +21,7 @@ from fastdiff.ops.forward import (
 )
 from fastdiff.ops.reverse import ddim_sample, p_mean_variance, p_sample
 from fastdiff.plan import SolverPlan
+from fastdiff.run import Run
 from fastdiff.schedules import NoiseSchedule
 
 __all__ = [

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from fastdiff.files import check_writable, write_atomic
 from fastdiff.ops.call import pack_table
+from fastdiff.ops.checks import index_views
 from fastdiff.ops.step import StepSpec
 
 __all__ = ["DevicePlan", "SolverPlan"]
 
 FloatArray = NDArray[np.float64]
 _FORMAT = 1
+MAX_STATES, MAX_DRAWS = 7, 4  # what the kernels serve, with a row left for the preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,8 @@ class SolverPlan:
             if value is None:
                 continue
             dtype = np.int64 if name == "draws" else np.float64
+            if name == "draws" and np.asarray(value).dtype.kind not in "iu":
+                raise TypeError(f"draws must hold integers, not {np.asarray(value).dtype}")
             array = np.array(value, dtype=dtype)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -84,6 +88,11 @@ class SolverPlan:
             raise ValueError(f"A must be (R, N, N+2+D) with R, N >= 1, not {self.A.shape}")
         rows, states, columns = self.A.shape
         draws = columns - states - 2
+        if states > MAX_STATES or draws > MAX_DRAWS:
+            raise ValueError(
+                f"A must have at most {MAX_STATES} states and {MAX_DRAWS} draws, "
+                f"not {states} and {draws}"
+            )
         expected = {
             "A": (rows, states, columns), "x_start": (rows, states + 2), "t": (rows,),
             "draws": (rows, draws, 2), "P": (rows, columns - 1), "lo": (rows,), "hi": (rows,),
@@ -100,6 +109,8 @@ class SolverPlan:
             infinite_ok = name in ("lo", "hi")
             if np.isnan(value).any() or not (infinite_ok or np.isfinite(value).all()):
                 raise ValueError(f"{name} has NaN or infinite entries")
+        if self.lo is not None and self.hi is not None and (self.lo > self.hi).any():
+            raise ValueError("lo must not exceed hi")
         if (self.P is None) != (self.lo is None) or (self.P is None) != (self.hi is None):
             raise ValueError("P, lo and hi must be given together")
         if (self.half_log_variance_min is None) != (self.half_log_variance_max is None):
@@ -311,7 +322,7 @@ class DevicePlan:
         table: (R, width) float32 or float64.
         rows: R views of one int64 tensor, the row index of every call as (1,).
         draws: int64 (R, D, 2).
-        t: (R,) int64 when every t is whole, else float32.
+        t: (R,) int64 when every t is whole, else the table's dtype.
     """
 
     table: Tensor
@@ -326,9 +337,9 @@ class DevicePlan:
         whole = bool((plan.t == np.floor(plan.t)).all())
         return cls(
             table=torch.from_numpy(plan.table(preview)).to(device=device, dtype=dtype),
-            rows=torch.arange(plan.rows).to(device).split(1),
+            rows=index_views(plan.rows, device).split([1, 1] * plan.rows)[::2],
             draws=torch.from_numpy(np.array(plan.draws)).to(device),
             t=torch.from_numpy(np.array(plan.t)).to(
-                device=device, dtype=torch.int64 if whole else torch.float32
+                device=device, dtype=torch.int64 if whole else dtype
             ),
         )

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends.info import info
+from fastdiff.ops import held
 from fastdiff.ops.schemas import SCHEMAS
 
 CPU = torch.device("cpu")
@@ -128,10 +129,10 @@ def test_info_lists_every_backend_and_operation():
 
 
 def step_arguments():
-    from fastdiff.ops import forward
+    from fastdiff.ops import tables
     from fastdiff.ops.step import StepSpec
 
-    table = forward._uploaded(SCHEDULE, "x_t+noise", CPU, torch.float32)
+    table = tables.uploaded(SCHEDULE, "x_t+noise", CPU, torch.float32)
     spec = StepSpec(states=1, outputs=(9, 8), draws=1).encoded
     out = [torch.empty_like(X), torch.empty_like(X)]
     return (
@@ -195,6 +196,21 @@ def test_compiled_functions_notice_another_schedule(assert_same_bits):
     compiled = torch.compile(noise_it, fullgraph=True)
     for schedule in (SCHEDULE, fd.schedules.cosine(30), fd.schedules.flow(8)):
         assert_same_bits(compiled(X, schedule), noise_it(X, schedule))
+
+
+def test_a_compiled_graph_keeps_its_tables_when_others_come_and_go(monkeypatch, assert_same_bits):
+    def noise_it(x):
+        return fd.q_sample(x, 5, SCHEDULE, seed=0)
+
+    monkeypatch.setattr(held, "_LIMIT", 2)
+    compiled = torch.compile(noise_it, fullgraph=True)
+    expected = compiled(X)
+    for k in range(6):
+        other = fd.schedules.cosine(20 + k)
+        fd.q_sample(X, 5, other, seed=0)
+        torch.compile(lambda x, s=other: fd.q_sample(x, 5, s, seed=0), backend="eager")(X)
+    assert_same_bits(compiled(X), expected)
+    assert_same_bits(noise_it(X), expected)
 
 
 def test_a_new_training_step_does_not_recompile():

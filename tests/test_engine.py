@@ -119,6 +119,63 @@ def test_a_model_that_reuses_its_output_buffer_changes_nothing(assert_same_bits)
                      fd.sample(lambda x, t: x.clone(), DDPM, shape=(2, 6), seed=0))  # fmt: skip
 
 
+def test_guidance_on_any_stride(backend, assert_same_bits):
+    def conditional(x, t):
+        return model(torch.cat([x[: x.shape[0] // 2], 2 * x[x.shape[0] // 2 :]]), t)
+
+    for scale in (torch.tensor(2.5).expand(4), torch.linspace(1, 8, 8)[::2]):
+        options = dict(shape=(4, 6), seed=1)
+        assert_same_bits(
+            fd.sample(conditional, DDIM, guidance_scale=scale, **options),
+            fd.sample(conditional, DDIM, guidance_scale=torch.tensor(scale.tolist()), **options),
+        )
+
+
+def test_a_model_that_writes_to_its_arguments_harms_only_its_run(assert_same_bits):
+    expected = fd.sample(model, DDIM, shape=(1, 6), seed=0)
+    times = []
+
+    def careless(x, t):
+        times.append(int(t[0]))
+        output = model(x, t)
+        t += 1
+        x.mul_(0.5)
+        return output
+
+    x_T = torch.randn(1, 6)
+    kept = x_T.clone()
+    fd.sample(careless, DDIM, x_T=x_T, seed=0, callback=lambda state: None)
+    assert torch.equal(x_T, kept) and times == DDIM.t.astype(int).tolist()
+    assert_same_bits(fd.sample(model, DDIM, shape=(1, 6), seed=0), expected)
+
+
+def test_gradients_of_history_guidance_and_input(assert_same_bits):
+    """The step with gradients makes the same values as without, the model's input included."""
+    plan = scaled_plan()
+
+    def run_with(scale, grad):
+        run = fd.Sampler(plan).start(
+            shape=(2, 6), seed=2, dtype=torch.bfloat16, model_dtype=torch.float32,
+            guidance_scale=scale,
+        )  # fmt: skip
+        inputs = []
+        with torch.set_grad_enabled(grad):
+            while not run.done:
+                inputs.append(run.model_input.detach().clone())
+                run.step(model(run.model_input, run.t))
+        return run.x, inputs
+
+    scale = torch.tensor([1.5, 3.0], requires_grad=True)
+    x, inputs = run_with(scale, True)
+    y, plain = run_with(scale.detach(), False)
+    assert_same_bits(x.detach(), y)
+    assert_same_bits(inputs, plain)
+    x = fd.Sampler(plan).start(shape=(2, 6), seed=2, guidance_scale=scale)
+    x.step(torch.cat([torch.zeros(2, 6), torch.ones(2, 6)]))
+    (gradient,) = torch.autograd.grad(x.x.sum(), scale)
+    assert gradient.tolist() == pytest.approx([0.3 * 6, 0.3 * 6], rel=1e-6)
+
+
 def test_x_T_is_never_written_to():
     x_T = torch.randn(2, 6)
     kept = x_T.clone()
@@ -286,6 +343,15 @@ def test_progress_is_shown_on_stderr(capsys):
         (dict(shape=(2, 3), seed=0, guidance_scale=torch.ones(3)), ValueError, "guidance_scale"),
         (dict(shape=(2, 3), seed=0, guidance_scale=float("nan")), ValueError, "guidance_scale"),
         (dict(shape=(2, 3), seed=0, preview=True), TypeError, "preview"),
+        (dict(shape=(2, 3), seed=0, guidance_scale="7"), TypeError, "guidance_scale"),
+        (dict(shape=16, seed=0), TypeError, "shape"),
+        (dict(shape=(2, 3), seed=0, model_dtype=torch.float64), TypeError, "model_dtype"),
+        (dict(shape=(2, 3), seed=0, dtype=torch.float64, model_dtype=torch.float32), TypeError,
+         "model_dtype"),
+        (dict(shape=(2, 3), seed=0, callback=5), TypeError, "callback"),
+        (dict(x_T=torch.zeros(2, 3), noise=5), TypeError, "noise"),
+        (dict(shape=(2, 3), generator=5), TypeError, "generator"),
+        (dict(shape=(2, 3), seed=0, backend="gpu"), ValueError, "backend"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(options, error, names):
@@ -309,7 +375,7 @@ def test_a_bad_output_leaves_the_run_unharmed(assert_same_bits):
     before = run.x.clone()
     for bad, error in (
         (good[:1], ValueError), (good.double(), TypeError), (good.long(), TypeError),
-        (good.to("meta"), ValueError),
+        (good.to("meta"), ValueError), ((good, good), TypeError),
     ):  # fmt: skip
         with pytest.raises(error, match="output"):
             run.step(bad)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff as fd
+from fastdiff.ops import held
 
 T = 50
 SCHEDULE = fd.schedules.linear(T, 1e-3, 0.2)
@@ -237,6 +238,21 @@ def test_a_generator_draws_as_torch_randn_does(backend):
     assert torch.equal(drawn, fd.q_sample(x, 3, SCHEDULE, noise=z))
 
 
+def test_the_chain_takes_a_generator(backend):
+    x = data((2, 5))
+    drawn = fd.q_chain(x, SCHEDULE, generator=torch.Generator().manual_seed(8), at=[0, 9])
+    z = torch.randn((T, 2, 5), generator=torch.Generator().manual_seed(8))
+    assert torch.equal(drawn, fd.q_chain(x, SCHEDULE, noise=z, at=[0, 9]))
+
+
+def test_a_refused_call_does_not_move_the_generator():
+    generator = torch.Generator().manual_seed(8)
+    before = generator.get_state()
+    with pytest.raises(fd.BackendError):
+        fd.q_sample(data((2, 5), torch.float64), 3, SCHEDULE, generator=generator, backend="triton")
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_layouts_keep_the_bits(backend, assert_same_bits):
     x = data((2, 3, 4, 5))
     expected = fd.q_sample(x, 5, SCHEDULE, seed=1)
@@ -286,17 +302,129 @@ def test_a_column_with_coefficient_zero_is_not_read(backend):
 
 def test_out_of_range_t_gives_nan_where_it_cannot_be_read(backend):
     """What a kernel does with a t on a device: here through the operation itself."""
-    from fastdiff.ops import forward
+    from fastdiff.ops import tables
     from fastdiff.ops.call import call_step
     from fastdiff.ops.step import StepSpec
 
     x = data((3, 6))
-    table = forward._uploaded(SCHEDULE, "x_t", x.device, torch.float32)
+    table = tables.uploaded(SCHEDULE, "x_t", x.device, torch.float32)
     spec = StepSpec(states=1, outputs=(9,), draws=1)
     rows = torch.tensor([T, 3, -1])
     (x_t,) = call_step([x], spec, table, rows, counter=(1, 0, 0, 2))
     assert torch.isnan(x_t[[0, 2]]).all()
     assert torch.equal(x_t[1:2], fd.q_sample(x[1:2], 3, SCHEDULE, seed=1, sample_offset=1))
+
+
+def test_t_on_any_stride(backend, assert_same_bits):
+    """An expanded t, a strided one and one of another integer dtype are what they say."""
+    x = data((6, 9))
+    for t in (
+        torch.tensor([7]).expand(6), torch.arange(12)[::2], torch.arange(6, dtype=torch.int32),
+        torch.arange(6).view(2, 3).t().flatten(),
+    ):  # fmt: skip
+        same = torch.tensor(t.tolist())
+        assert_same_bits(
+            fd.q_sample(x, t, SCHEDULE, seed=1), fd.q_sample(x, same, SCHEDULE, seed=1)
+        )
+    for t in (7, np.int64(7), np.uint8(7)):
+        assert_same_bits(
+            fd.q_sample(x, t, SCHEDULE, seed=np.int64(1)),
+            fd.q_sample(x, torch.full((6,), 7), SCHEDULE, seed=1),
+        )
+
+
+def test_the_runs_own_t_can_be_used_for_inpainting(assert_same_bits):
+    run = fd.Sampler(fd.solvers.ddpm(SCHEDULE)).start(shape=(3, 5), seed=0)
+    x = data((3, 5))
+    expected = fd.q_sample(x, torch.full((3,), T - 1), SCHEDULE, seed=1)
+    assert_same_bits(fd.q_sample(x, run.t, SCHEDULE, seed=1), expected)
+
+
+def test_overwriting_a_tensor_that_a_gradient_needs_is_noticed(backend):
+    w = torch.ones(2, 5, requires_grad=True)
+    buffer = data((2, 5))
+    for overwrite in (
+        lambda: fd.randn((2, 5), 0, out=buffer),
+        lambda: fd.q_sample(data((2, 5)), 3, SCHEDULE, seed=0, out=buffer),
+        lambda: fd.q_chain(data((5,)).view(1, 5), SCHEDULE, seed=0, at=[1, 4],
+                           out=buffer.view(2, 1, 5)),
+    ):  # fmt: skip
+        h = (w * buffer).sum()
+        overwrite()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            h.backward()
+
+
+def test_out_is_refused_where_a_gradient_is_wanted():
+    x = data((2, 5)).requires_grad_()
+    with pytest.raises(ValueError, match="out must not be given where a gradient is wanted"):
+        fd.q_sample(x, 3, SCHEDULE, seed=0, out=torch.empty(2, 5))
+    with torch.no_grad():
+        fd.q_sample(x, 3, SCHEDULE, seed=0, out=torch.empty(2, 5))
+
+
+def test_second_derivatives():
+    x = data((2, 3), torch.float64).requires_grad_()
+    z = data((2, 3), torch.float64, 1).requires_grad_()
+
+    def f(x, z):
+        return fd.q_sample(x, torch.tensor([4, 40]), SCHEDULE, noise=z) ** 3
+
+    assert torch.autograd.gradcheck(f, (x, z)) and torch.autograd.gradgradcheck(f, (x, z))
+
+
+def test_tables_made_by_many_threads_at_once():
+    """The first use of many schedules from many threads: everyone gets their own coefficients."""
+    import sys
+    import threading
+
+    schedules = [fd.schedules.linear(40 + k, 1e-3, 0.1) for k in range(24)]
+    x = data((1, 8))
+    expected = [fd.q_sample(x, 9, s, seed=0, backend="reference") for s in schedules]
+    held._tensors.clear()
+    wrong: list[int] = []
+
+    def work():
+        for k, schedule in enumerate(schedules):
+            if not torch.equal(fd.q_sample(x, 9, schedule, seed=0, backend="native"), expected[k]):
+                wrong.append(k)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_other_default_devices_and_fake_tensors_leave_no_trace():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    schedule = fd.schedules.linear(33, 1e-3, 0.1)
+    x = data((2, 6))
+    with FakeTensorMode():
+        fake = torch.empty(2, 6)
+        assert fd.q_sample(fake, 3, schedule, seed=0, backend="reference").shape == (2, 6)
+    expected = fd.q_sample(x, 3, schedule, seed=0)
+    held._tensors.clear()
+    torch.set_default_device("meta")
+    try:
+        results = [
+            fd.q_sample(x, 3, schedule, seed=0),
+            fd.q_step(x, 3, schedule, seed=0),
+            fd.q_chain(x, schedule, seed=0, at=[2])[0],
+            fd.sample(lambda x, t: x, fd.solvers.ddpm(schedule, variance="fixed_large"),
+                      shape=(2, 6), seed=0, device="cpu"),
+        ]  # fmt: skip
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(results[0], expected)
+    assert all(torch.isfinite(r).all() for r in results)
 
 
 def test_gradients_are_the_coefficients(backend):
@@ -363,6 +491,7 @@ GOOD = dict(x_start=X, t=torch.tensor([0, 1, 2, 3]), schedule=SCHEDULE, seed=0)
         (dict(seed=None, noise=torch.zeros(4, 3, device="meta")), ValueError, "noise"),
         (dict(seed=None, generator=1), TypeError, "generator"),
         (dict(step=-1), ValueError, "step"),
+        (dict(sample_offset="1"), TypeError, "sample_offset"),
         (dict(target="noise"), ValueError, "target"),
         (dict(out=torch.zeros(4, 2)), ValueError, "out"),
         (dict(out=torch.zeros(4, 3, dtype=torch.bfloat16)), TypeError, "out"),

@@ -84,12 +84,14 @@ def test_backends_agree(accelerated, assert_same_bits, dtype, n):
     assert_same_bits(out, expected)
 
 
-def test_a_batch_is_its_samples(backend, assert_same_bits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_batch_is_its_samples(backend, assert_same_bits, dtype):
     """Batch of 8 = 8 batches of 1 = split ranks = permuted batch of per-sample seeds."""
-    whole = fd.randn((8, 3, 5, 5), 42, step=4)
-    singles = [fd.randn((1, 3, 5, 5), 42, sample_offset=b, step=4) for b in range(8)]
+    options = dict(step=4, dtype=dtype)
+    whole = fd.randn((8, 3, 5, 5), 42, **options)
+    singles = [fd.randn((1, 3, 5, 5), 42, sample_offset=b, **options) for b in range(8)]
     assert_same_bits(whole, torch.cat(singles))
-    ranks = [fd.randn((4, 3, 5, 5), 42, sample_offset=b, step=4) for b in (0, 4)]
+    ranks = [fd.randn((4, 3, 5, 5), 42, sample_offset=b, **options) for b in (0, 4)]
     assert_same_bits(whole, torch.cat(ranks))
     seeds = torch.tensor([5, -1, 1 << 40, 0, 9, 2, 3, -(1 << 63)])
     order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
@@ -209,7 +211,9 @@ def test_adjacent_counters_are_uncorrelated(z, other):
         (dict(shape=(), seed=0), ValueError, "shape"),
         (dict(shape=(0, 3), seed=0), ValueError, "shape"),
         (dict(shape=(2, -3), seed=0), ValueError, "shape"),
-        (dict(shape=(2, 3), seed=0, dtype=torch.int32), TypeError, "shape"),
+        (dict(shape=(2, 3), seed=0, dtype=torch.int32), TypeError, "dtype"),
+        (dict(shape=5, seed=0), TypeError, "shape"),
+        (dict(shape=(2.7, 3), seed=0), TypeError, "shape"),
         (dict(shape=(2, 3), seed=0, out=torch.empty(3, 2)), ValueError, "out"),
         (dict(shape=(2, 3), seed=0, out=torch.empty(1, 3).expand(2, 3)), ValueError, "out"),
         (dict(shape=(2, 3), seed=0, backend="cuda"), ValueError, "backend"),

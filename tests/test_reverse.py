@@ -52,6 +52,30 @@ def test_p_mean_variance_is_the_papers(backend, variance):
     np.testing.assert_allclose(var.numpy(), np.broadcast_to(want, shape), rtol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "output_dtype", "bound"),
+    [(torch.bfloat16, torch.bfloat16, 2**-8), (torch.float32, torch.bfloat16, 2**-20)],
+)
+def test_learned_variance_is_rounded_once(dtype, output_dtype, bound):
+    x, output = randn(2, 3, 50, dtype=dtype), randn(2, 6, 50, seed=1, dtype=output_dtype)
+    t = torch.tensor([4, 25])
+    _, var, log_var, _ = fd.p_mean_variance(output, x, t, SCHEDULE, variance="learned_range")
+    assert var.dtype == log_var.dtype == dtype
+    f = (output[:, 3:].double().numpy() + 1) / 2
+    tt = t.numpy()[:, None, None]
+    want = f * np.log(BETA[tt]) + (1 - f) * np.log(TILDE[tt])
+    np.testing.assert_allclose(log_var.double().numpy(), want, rtol=bound)
+    np.testing.assert_allclose(var.double().numpy(), np.exp(want), rtol=bound * 1.1 + 8e-6)
+
+
+def test_p_mean_variance_writes_where_it_is_told(backend, assert_same_bits):
+    x, output, t = randn(2, 3, 5), randn(2, 6, 5, seed=1), torch.tensor([4, 25])
+    expected = fd.p_mean_variance(output, x, t, SCHEDULE, variance="learned_range")
+    got = fd.p_mean_variance(output, x, t, SCHEDULE, variance="learned_range", out=x)
+    assert got[0] is x
+    assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_p_sample_agrees_on_every_backend(accelerated, assert_same_bits, variance, dtype):
@@ -119,8 +143,15 @@ def test_seeded_noise_is_the_plans_row(assert_same_bits):
                      fd.p_sample(output, x, t, SCHEDULE, noise=z))  # fmt: skip
 
 
+def test_a_list_is_a_clip(assert_same_bits):
+    x, output = randn(3, 21), randn(3, 21, seed=1)
+    assert_same_bits(
+        fd.p_sample(output, x, 7, SCHEDULE, seed=9, clip=[-1, 1]),
+        fd.p_sample(output, x, 7, SCHEDULE, seed=9),
+    )
+
+
 def test_p_sample_gradient_is_the_formulas():
-    x = randn(2, 6, dtype=torch.float64).requires_grad_()
     output = randn(2, 12, seed=1, dtype=torch.float64).reshape(2, 2, 6).requires_grad_()
     x = randn(2, 1, 6, dtype=torch.float64).requires_grad_()
     t = torch.tensor([3, 20])
@@ -149,6 +180,7 @@ X = torch.zeros(2, 3)
         (dict(prediction_type="x"), ValueError, "prediction_type"),
         (dict(variance="x"), ValueError, "variance"),
         (dict(clip=(1, 0)), ValueError, "clip"),
+        (dict(clip=3), TypeError, "clip"),
         (dict(seed=None), ValueError, "seed, noise and generator"),
         (dict(out=torch.zeros(3, 2)), ValueError, "out"),
     ],

@@ -162,13 +162,13 @@ def gaussian_epsilon(schedule, mean, std):
     return model
 
 
-def affine_of(plan, schedule, mean, std):
-    """(m, v): mean and variance that a plan gives to N(mean, std^2) data from N(0, 1), exactly.
+def moments_of(plan, schedule, mean, std, start=(0.0, 1.0)):
+    """(m, v): what a plan makes of x_T ~ N(start) for N(mean, std^2) data, exactly.
 
-    With a linear denoiser every step maps Gaussians to Gaussians: x' = g x + b + noise of its
-    coefficient, propagated here through the plan's own rows.
+    With the exact, linear denoiser every step maps Gaussians to Gaussians: x' = g x + b + noise of
+    its coefficient, propagated here through the plan's own rows.
     """
-    m, v = 0.0, plan.initial_scale**2
+    m, v = start
     for i in range(plan.rows):
         t = int(plan.t[i])
         a, s = schedule.alpha_t[t], schedule.sigma_t[t]
@@ -179,21 +179,44 @@ def affine_of(plan, schedule, mean, std):
     return m, v
 
 
+def exact_ode(a, s, mean, std, m, v):
+    """The probability flow keeps quantiles: x_0 = mean + std / std_T (x_T - a mean)."""
+    g = std / math.sqrt(a * a * std * std + s * s)
+    return mean + g * (m - a * mean), g * g * v
+
+
+def exact_sde(a, s, mean, std, m, v):
+    """Ancestral sampling in the limit draws x_0 from p(x_0 | x_T), by Gaussian conditioning."""
+    total = a * a * std * std + s * s
+    g = a * std * std / total
+    return mean + g * (m - a * mean), std * std * s * s / total + g * g * v
+
+
 @pytest.mark.parametrize(
-    ("builder", "order"),
-    [(lambda s, n: fd.solvers.ddim(s, n, clip=None), 1),
-     (lambda s, n: fd.solvers.ddpm(s, n, clip=None), 1)],
+    ("builder", "exact"),
+    [(fd.solvers.ddim, exact_ode), (fd.solvers.ddpm, exact_sde)],
     ids=["ddim", "ddpm"],
-)  # fmt: skip
-def test_gaussian_data_converges_at_the_known_order(builder, order):
-    """Errors of mean and variance fall at least as the first power of the number of steps."""
-    schedule = fd.schedules.cosine(4096, max_beta=0.9999)
-    mean, std = 0.7, 0.4
+)
+def test_gaussian_data_converges_at_the_known_order(builder, exact):
+    """Mean and variance of the result converge to the closed form as the first power of 1/steps.
+
+    The chain ends at alpha_T = 0.36 and x_T has a wrong mean, so that both moments of the result
+    depend on every step.
+    """
+    schedule = fd.schedules.linear(4096, 1e-5, 1e-3)
+    mean, std, start = 0.7, 0.4, (1.3, 1.0)
+    goal = exact(schedule.alpha_t[-1], schedule.sigma_t[-1], mean, std, *start)
     steps = np.array([32, 64, 128, 256])
-    errors = np.array([affine_of(builder(schedule, int(n)), schedule, mean, std) for n in steps])
-    var_slope = np.polyfit(np.log(steps), np.log(np.abs(errors[:, 1] - std**2)), 1)[0]
-    assert -var_slope == pytest.approx(order, abs=0.25)
-    assert abs(errors[-1, 0] - mean) < 0.02 and abs(errors[-1, 1] - std**2) < 0.01
+    plans = [builder(schedule, int(n), clip=None) for n in steps]
+    errors = np.abs([np.subtract(moments_of(p, schedule, mean, std, start), goal) for p in plans])
+    for moment in (0, 1):
+        if exact is exact_sde and moment == 0:
+            # Every ancestral step has the exact conditional mean, so their chain has it too.
+            assert errors[:, 0].max() < 1e-12
+            continue
+        slope = -np.polyfit(np.log(steps), np.log(errors[:, moment]), 1)[0]
+        assert slope == pytest.approx(1.0, abs=0.15), (moment, slope, errors)
+    assert errors[-1].max() < 0.01
 
 
 @pytest.mark.parametrize("builder", [fd.solvers.ddim, fd.solvers.ddpm], ids=["ddim", "ddpm"])
@@ -207,7 +230,7 @@ def test_sampling_gaussian_data_reaches_its_distribution(builder):
         return gaussian_epsilon(schedule, mean, std)(x.double(), t).float()
 
     x = fd.sample(model, plan, shape=(n, 2), seed=3).double().numpy()
-    m, v = affine_of(plan, schedule, mean, std)
+    m, v = moments_of(plan, schedule, mean, std)
     assert abs(x.mean(0) - m).max() < 5 * math.sqrt(v / n)
     cov = np.cov(x.T)
     assert abs(np.diag(cov) - v).max() < 5 * v * math.sqrt(2 / n)
@@ -241,6 +264,8 @@ def test_steps_name_a_subsequence(steps):
         (dict(steps=5, timesteps=[1, 2]), ValueError, "steps and timesteps"),
         (dict(timesteps=[1, 1]), ValueError, "timesteps"),
         (dict(timesteps=[]), ValueError, "timesteps"),
+        (dict(timesteps=[-1, 5]), ValueError, "timesteps"),
+        (dict(schedule=fd.schedules.custom([0.0, 0.1, 0.2])), ValueError, "schedule"),
         (dict(prediction_type="eps"), ValueError, "prediction_type"),
         (dict(clip=(1, -1)), ValueError, "clip"),
         (dict(clip=1.0), TypeError, "clip"),
@@ -258,9 +283,10 @@ def test_bad_arguments_are_named(arguments, error, names):
 def test_bad_arguments_of_one_builder():
     with pytest.raises(ValueError, match="variance"):
         fd.solvers.ddpm(SCHEDULE, variance="learned")
-    for eta in (-0.1, float("nan"), "1"):
-        with pytest.raises(ValueError, match="eta"):
+    for eta, error in ((-0.1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="eta"):
             fd.solvers.ddim(SCHEDULE, eta=eta)
+    assert fd.solvers.ddim(SCHEDULE, eta=np.float32(0.5)) == fd.solvers.ddim(SCHEDULE, eta=0.5)
     with pytest.raises(ValueError, match="eta"):
         fd.solvers.ddim(SCHEDULE, eta=0.5, reverse=True)
     with pytest.raises(ValueError, match="eta"):

@@ -2,7 +2,12 @@
 
 schemas.py     the operations, defined alike for every backend
 randn.py step.py chain.py    the reference of each (kernels/ and csrc/ have files of those names)
+checks.py      refusals of user input
 call.py        memory, layout, gradient and backend of one call
+held.py        device tables, made once
+tables.py      step tables of the forward operations
+draw.py        randn, as users call it
 forward.py     q_sample and its kin: rows of the step
 reverse.py     p_mean_variance, p_sample, ddim_sample: rows of the step
+exp.py         the polynomial that learned variance needs
 """

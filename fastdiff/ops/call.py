@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.backends import operation
+from fastdiff.backends import operation, select
 from fastdiff.ops.step import HEADER, StepSpec, step_values
 
-__all__ = ["call_step", "compute_dtype", "noise_from", "pack_table"]
+__all__ = ["call_step", "compute_dtype", "noise_from", "pack_table", "written"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,18 +41,32 @@ def pack_table(
 
 
 def noise_from(
-    noise: Tensor | None, generator: torch.Generator | None, like: Tensor
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    like: Tensor,
+    backend: str | None = None,
+    shape: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """[noise], drawn as upstream draws it when a generator is given; [] when neither is.
 
     A generator draws torch.randn of the sample's shape and dtype on the generator's own device.
     """
     if generator is not None:
+        select(like.device, compute_dtype(like.dtype), backend)  # before the generator moves on
         drawn = torch.randn(
-            like.shape, dtype=like.dtype, device=generator.device, generator=generator
+            shape or like.shape, dtype=like.dtype, device=generator.device, generator=generator
         )
         return [drawn.to(like.device)]
     return [] if noise is None else [noise]
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that tensors were overwritten, so that it refuses to use their old values."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 class _Step(torch.autograd.Function):
@@ -68,10 +82,11 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        leaves = [
-            value.detach().requires_grad_(needed)
-            for value, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        ]
+        again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated too
+        leaves: list[Tensor] = list(ctx.saved_tensors)
+        if not again:
+            needed = ctx.needs_input_grad[2:]
+            leaves = [v.detach().requires_grad_(n) for v, n in zip(leaves, needed, strict=True)]
         arguments = {k: v for k, v in ctx.arguments.items() if k not in ("out", "backend")}
         states, outputs, noise, scale = _split(leaves, ctx.count)
         spec: list[int] = arguments["spec"]
@@ -87,13 +102,13 @@ class _Step(torch.autograd.Function):
             for value, gradient in zip(values, gradients, strict=True)
             if gradient is not None and value.requires_grad
         ]
-        inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(
             torch.autograd.grad(
                 [value for value, _ in wanted],
-                inputs,
+                [leaf for leaf in leaves if leaf.requires_grad],
                 [gradient for _, gradient in wanted],
                 allow_unused=True,
+                create_graph=again,
             )
         )
         return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
@@ -138,6 +153,8 @@ def _run(
     for k, target in enumerate(targets):
         if results[k] is not target:
             results[k].copy_(target)
+    if out is not None:
+        written(out)
     return results
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from fastdiff.ops.held import held
 
 __all__ = [
     "FLOATING",
+    "check_floating",
     "check_like",
     "check_out",
     "check_sample",
+    "check_shape",
     "check_uint32",
+    "index_views",
     "resolve_rows",
     "resolve_seed",
 ]
@@ -99,10 +103,10 @@ def check_out(
     assert isinstance(out, Tensor)
     if out.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, not {out.dtype}")
+    if torch.is_grad_enabled() and any(value.requires_grad for value in (out, *inputs)):
+        raise ValueError(f"{name} must not be given where a gradient is wanted: it carries none")
     if torch.compiler.is_compiling() or out.numel() == 0:
         return
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad; results written in place carry no gradient")
     if _overlaps_itself(out):
         raise ValueError(
             f"{name} has overlapping strides {out.stride()}: its elements share memory"
@@ -122,11 +126,38 @@ def check_out(
             raise ValueError(f"{name} overlaps an input in memory without being the same tensor")
 
 
-def check_uint32(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 0 <= value < _UINT32:
-        raise ValueError(f"{name} must be in [0, 2^32), not {value}")
+def _integer(name: str, value: object, wanted: str = "an int") -> int:
+    """`value` as an int: Python's, NumPy's, or torch.compile's."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    try:
+        if isinstance(value, (bool, Tensor)) or type(value).__name__.startswith("bool"):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}") from None
+
+
+def check_uint32(name: str, value: object) -> int:
+    number = _integer(name, value)
+    if not 0 <= number < _UINT32:
+        raise ValueError(f"{name} must be in [0, 2^32), not {number}")
+    return number
+
+
+def check_shape(shape: object) -> tuple[int, ...]:
+    """(B, ...) as ints, B >= 1."""
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
+        raise TypeError(f"shape must be a sequence of ints, not {type(shape).__name__}")
+    sizes = tuple(_integer("shape", size, "a sequence of ints") for size in shape)
+    if not sizes or sizes[0] < 1 or min(sizes) < 0:
+        raise ValueError(f"shape must be (B, ...) with B >= 1 and no negative size, not {sizes}")
+    return sizes
+
+
+def check_floating(name: str, dtype: object) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"{name} must be one of {_names(FLOATING)}, not {dtype}")
 
 
 def resolve_seed(
@@ -137,7 +168,7 @@ def resolve_seed(
     An int seed gives batch entry b the pair (seed, sample_offset + b), a tensor of per-sample
     seeds the pair (seed[b], 0).
     """
-    check_uint32("sample_offset", sample_offset)
+    sample_offset = check_uint32("sample_offset", sample_offset)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"a seed tensor must be int64, not {seed.dtype}")
@@ -152,8 +183,7 @@ def resolve_seed(
             )
         seed = seed.to(device)
         return torch.stack([seed, torch.zeros_like(seed)], dim=1), 0, 0
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
+    seed = _integer("seed", seed, "an int or an int64 tensor")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64), not {seed}")
     if sample_offset + batch > _UINT32:
@@ -182,16 +212,19 @@ def resolve_rows(
             if int(low) < 0 or int(high) >= count:
                 raise ValueError(f"t must be in [0, {count}), but has {int(low)} to {int(high)}")
         if t.dim() == 1 and t.dtype == torch.int64 and t.device == device:
-            return t
-        return t.reshape(-1).to(device=device, dtype=torch.int64)
-    if isinstance(t, bool) or not isinstance(t, (int, torch.SymInt)):
-        raise TypeError(f"t must be an int or an integer tensor, not {type(t).__name__}")
+            return t.contiguous()
+        return t.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
+    t = _integer("t", t, "an int or an integer tensor")
     if not 0 <= t < count:
         raise ValueError(f"t must be in [0, {count}), not {t}")
     if torch.compiler.is_compiling():
         return torch.full((1,), t, dtype=torch.int64, device=device)
-    return held("", _indices, count, device)[t : t + 1]  # no launch, unlike torch.full
+    return held("", index_views, count, device)[2 * t : 2 * t + 1]  # no launch, unlike torch.full
 
 
-def _indices(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count).to(device)
+def index_views(count: int, device: torch.device) -> Tensor:
+    """0, 0, 1, 1, 2, 2 ..: index i as the view [2i : 2i + 1], always at a multiple of 16 bytes.
+
+    Triton compiles a kernel again for a pointer of another alignment.
+    """
+    return torch.arange(count, device="cpu").repeat_interleave(2).to(device)

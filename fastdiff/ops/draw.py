@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import operation
-from fastdiff.ops.call import compute_dtype
-from fastdiff.ops.checks import check_out, check_sample, check_uint32, resolve_seed
+from fastdiff.ops.call import compute_dtype, written
+from fastdiff.ops.checks import (
+    check_floating,
+    check_out,
+    check_sample,
+    check_shape,
+    check_uint32,
+    resolve_seed,
+)
 
 __all__ = ["randn"]
 
@@ -40,24 +47,27 @@ def randn(
         dtype: float32 normals are rounded to it (float64: widened).
         out: tensor of that shape and dtype to write into; its dtype and device then count.
     """
-    sizes = tuple(int(size) for size in shape)
+    sizes = check_shape(shape)
+    check_floating("dtype", dtype)
+    step, stream = check_uint32("step", step), check_uint32("stream", stream)
     if out is None:
-        if any(size < 0 for size in sizes):
-            raise ValueError(f"shape must not have negative sizes, not {sizes}")
         result = torch.empty(sizes, dtype=dtype, device=device)
+        check_sample("shape", result)
     else:
-        result = out
-    check_sample("shape" if out is None else "out", result)
-    if result.shape != sizes:
-        raise ValueError(f"out must have shape {sizes}, not {tuple(result.shape)}")
-    if out is not None:
+        check_sample("out", out)
+        if out.shape != sizes:
+            raise ValueError(f"out must have shape {sizes}, not {tuple(out.shape)}")
         check_out("out", out, "shape", out, out.dtype, [])
-    check_uint32("step", step)
-    check_uint32("stream", stream)
+        result = out
     keys, low, offset = resolve_seed(seed, sample_offset, sizes[0], result.device)
-    target = result if result.is_contiguous() else torch.empty_like(
-        result, memory_format=torch.contiguous_format)  # fmt: skip
+    target = result
+    if not result.is_contiguous():
+        target = torch.empty_like(result, memory_format=torch.contiguous_format)
     operation("randn", result.device, compute_dtype(result.dtype), backend)(
         target, keys, low, offset, step, stream, 0, fast
     )
-    return result if target is result else result.copy_(target)
+    if target is not result:
+        result.copy_(target)
+    if out is not None:
+        written([out])
+    return result

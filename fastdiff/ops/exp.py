@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,12 @@ _FORMATS = {
                     1.5 * 2.0**52, torch.int64, 52, 1023, 13),
 }  # fmt: skip
 
+# 1/j!, rounded to the dtype.
+_TERMS = {
+    torch.float32: [float(np.float32(1.0 / math.factorial(j))) for j in range(8)],
+    torch.float64: [1.0 / math.factorial(j) for j in range(14)],
+}
+
 
 def exp(x: Tensor) -> Tensor:
     """exp(x), float32 or float64, by the polynomial above; differentiable (its own derivative)."""
@@ -36,9 +43,7 @@ def exp(x: Tensor) -> Tensor:
     k = shifted - shift
     r = x + k * -ln2_high
     r = r + k * -ln2_low
-    # Coefficients are 1/j! rounded to the dtype, highest first.
-    terms = torch.tensor([1.0 / math.factorial(j) for j in range(degree + 1)], dtype=x.dtype)
-    p = r * terms[degree].item() + terms[degree - 1].item()
+    p = r * _TERMS[x.dtype][degree] + _TERMS[x.dtype][degree - 1]
     for j in range(degree - 2, -1, -1):
-        p = p * r + terms[j].item()
+        p = p * r + _TERMS[x.dtype][j]
     return p * ((shifted.view(integer) + bias) << mantissa).view(x.dtype)

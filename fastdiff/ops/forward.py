@@ -6,8 +6,8 @@ the chain is an operation of its own. `t` counts from 0: x_t of index t has been
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.backends import operation
 from fastdiff.noise import STREAM_CHAIN, STREAM_Q_SAMPLE
-from fastdiff.ops.call import call_step, compute_dtype, noise_from, pack_table
+from fastdiff.ops.call import call_step, compute_dtype, noise_from, written
 from fastdiff.ops.checks import (
     check_like,
     check_out,
@@ -26,6 +26,7 @@ from fastdiff.ops.checks import (
 )
 from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
+from fastdiff.ops.tables import per_sample, table_of
 from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
 
 __all__ = [
@@ -63,73 +64,11 @@ def _check_one_noise(seed: object, noise: object, generator: object) -> None:
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
 
 
-@lru_cache(maxsize=256)
-def _host_table(schedule: Schedule, kind: str) -> np.ndarray:
-    """The float64 step table of one kind of forward operation; a row per t."""
-    rows = schedule.num_timesteps
-    zero, one = np.zeros(rows), np.ones(rows)
-
-    def output(*columns: np.ndarray) -> np.ndarray:
-        return np.stack(columns, axis=1)
-
-    if kind == "posterior":
-        assert isinstance(schedule, NoiseSchedule)
-        coefficients = (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2)
-        return pack_table(rows, [output(*coefficients, zero, zero)])
-    if kind == "mean":
-        return pack_table(rows, [output(schedule.alpha_t, zero, zero)])
-    if kind == "step":
-        assert isinstance(schedule, NoiseSchedule)
-        steps = output(np.sqrt(schedule.alphas), zero, zero, np.sqrt(schedule.betas))
-        return pack_table(rows, [steps])
-    alpha, sigma = schedule.alpha_t, schedule.sigma_t
-    available = {
-        "x_t": output(alpha, zero, zero, sigma),
-        "noise": output(zero, zero, zero, one),
-        "epsilon": output(zero, zero, zero, one),
-        "sample": output(one, zero, zero, zero),
-        "v": output(-sigma, zero, zero, alpha),
-        "flow": output(-one, zero, zero, one),
-    }
-    return pack_table(rows, [available[name] for name in kind.split("+")])
-
-
-def _uploaded(schedule: Schedule, kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """_host_table on the device, rounded once."""
-    return torch.from_numpy(_host_table(schedule, kind)).to(device=device, dtype=dtype)
-
-
-def _table(schedule: Schedule, kind: str, like: Tensor) -> Tensor:
-    dtype = compute_dtype(like.dtype)
-    return held(schedule.fingerprint, _uploaded, schedule, kind, like.device, dtype)
-
-
 def _chain_draws(count: int, device: torch.device) -> Tensor:
     """(step, stream) = (t, STREAM_CHAIN) of every t: int64 (T, 1, 2)."""
-    steps = torch.arange(count)
+    steps = torch.arange(count, device="cpu")
     draws = torch.stack([steps, torch.full_like(steps, STREAM_CHAIN)], dim=1)
     return draws[:, None, :].contiguous().to(device)
-
-
-def _per_sample(schedule: Schedule, name: str, rows: Tensor, like: Tensor) -> Tensor:
-    """schedule.<name>[t] as a view of the shape of `like`; NaN where t is out of range."""
-    values = held(schedule.fingerprint, _uploaded_values, schedule, name, like.device, like.dtype)
-    inside = (rows >= 0) & (rows < values.shape[0])
-    picked = torch.where(inside, values[torch.where(inside, rows, 0)], torch.nan)
-    return picked.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
-
-
-def _uploaded_values(
-    schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    if name == "variance":
-        array = np.square(schedule.sigma_t)
-    elif name == "log_variance":
-        with np.errstate(divide="ignore"):
-            array = 2.0 * np.log(schedule.sigma_t)
-    else:
-        array = getattr(schedule, name)
-    return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
 
 
 @remembered
@@ -191,7 +130,7 @@ def q_sample(
     check_sample("x_start", x_start)
     _check_schedule(schedule)
     _check_one_noise(seed, noise, generator)
-    check_uint32("step", step)
+    step = check_uint32("step", step)
     if target is not None and target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {target!r}")
     if noise is not None:
@@ -205,12 +144,13 @@ def q_sample(
     if out is not None:
         inputs = [x_start] if noise is None else [x_start, noise]
         check_out("out", out, "x_start", x_start, x_start.dtype, inputs)
-    table = _table(schedule, kind, x_start)
+    table = table_of(schedule, kind, x_start)
     outputs = None
     if out is not None:
         outputs = [out] + [torch.empty_like(x_start) for _ in spec.outputs[1:]]
     results = call_step(
-        [x_start], spec, table, rows, noise=noise_from(noise, generator, x_start), keys=keys,
+        [x_start], spec, table, rows, noise=noise_from(noise, generator, x_start, backend),
+        keys=keys,
         counter=(low, offset, step, STREAM_Q_SAMPLE), out=outputs, backend=backend,
     )  # fmt: skip
     return results[0] if len(results) == 1 else tuple(results)
@@ -252,8 +192,8 @@ def q_step(
     spec = StepSpec(states=1, outputs=(9,), draws=1, noise_dtype=x_prev.dtype, fast=fast)
     return call_step(
         [x_prev], spec,
-        _table(schedule, "step", x_prev), rows,
-        noise=noise_from(noise, generator, x_prev), keys=keys,
+        table_of(schedule, "step", x_prev), rows,
+        noise=noise_from(noise, generator, x_prev, backend), keys=keys,
         draws=held("", _chain_draws, schedule.num_timesteps, x_prev.device),
         counter=(low, offset, 0, 0), out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
@@ -265,6 +205,7 @@ def q_chain(
     *,
     seed: int | Tensor | None = None,
     noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
     sample_offset: int = 0,
     at: Sequence[int] | None = None,
     out: Tensor | None = None,
@@ -280,6 +221,7 @@ def q_chain(
         schedule: NoiseSchedule of T steps.
         seed, sample_offset: noise of stream 4, step t; see q_sample.
         noise: (T, B, ...) instead of a seed.
+        generator: noise = torch.randn((T, B, ...)) of x_start's dtype on the generator's device.
         at: the indices t to keep, strictly increasing; all T by default. The others are passed
             through in registers and never stored.
         out: (len(at), B, ...) contiguous, the dtype of x_start.
@@ -290,9 +232,9 @@ def q_chain(
     """
     check_sample("x_start", x_start)
     _check_schedule(schedule, chain=True)
-    _check_one_noise(seed, noise, None)
+    _check_one_noise(seed, noise, generator)
     count = schedule.num_timesteps
-    kept = list(range(count)) if at is None else [int(t) for t in at]
+    kept = list(range(count)) if at is None else [operator.index(t) for t in at]
     if not kept or any(not 0 <= t < count for t in kept) or kept != sorted(set(kept)):
         raise ValueError(f"at must be strictly increasing indices in [0, {count}), not {at!r}")
     keys, low, offset = None, 0, 0
@@ -315,15 +257,24 @@ def q_chain(
     target = (
         out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     )
-    slots = torch.full((count,), -1)
-    slots[torch.tensor(kept)] = torch.arange(len(kept))
-    operation("chain", x_start.device, compute_dtype(x_start.dtype), backend)(
-        x_start.contiguous(), None if noise is None else noise.contiguous(),
-        held(schedule.fingerprint, _chain_table, schedule, x_start.device,
-             compute_dtype(x_start.dtype)),
-        slots.to(x_start.device), keys, low, offset, fast, target,
+    drawn = noise_from(noise, generator, x_start, backend, (count, *x_start.shape))
+    place = (x_start.device, compute_dtype(x_start.dtype))
+    operation("chain", *place, backend)(
+        x_start.contiguous(), drawn[0].contiguous() if drawn else None,
+        held(schedule.fingerprint, _chain_table, schedule, *place),
+        held("", _chain_slots, count, tuple(kept), x_start.device), keys, low, offset, fast, target,
     )  # fmt: skip
-    return out if target is out else out.copy_(target)
+    if target is not out:
+        out.copy_(target)
+    written([out])
+    return out
+
+
+def _chain_slots(count: int, kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where x of every t goes: its position in `kept`, or -1."""
+    slots = np.full(count, -1, np.int64)
+    slots[list(kept)] = np.arange(len(kept))
+    return torch.from_numpy(slots).to(device)
 
 
 def _chain_table(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -336,23 +287,29 @@ def q_mean_variance(
     t: int | Tensor,
     schedule: Schedule,
     *,
+    out: Tensor | None = None,
     check: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and log-variance of q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I).
 
     (Ho et al. 2020, eq. 4.) Variance and log-variance are per-sample numbers expanded to the shape
-    of x_start without memory of their own. Arguments and errors as in q_sample.
+    of x_start without memory of their own. `out` takes the mean. Arguments and errors as in
+    q_sample.
     """
     check_sample("x_start", x_start)
     _check_schedule(schedule)
     rows = resolve_rows(t, schedule.num_timesteps, x_start.shape[0], x_start.device, check)
-    table = _table(schedule, "mean", x_start)
-    mean = call_step([x_start], StepSpec(states=1, outputs=(1,)), table, rows, backend=backend)[0]
+    if out is not None:
+        check_out("out", out, "x_start", x_start, x_start.dtype, [x_start])
+    mean = call_step(
+        [x_start], StepSpec(states=1, outputs=(1,)), table_of(schedule, "mean", x_start), rows,
+        out=None if out is None else [out], backend=backend,
+    )[0]  # fmt: skip
     return (
         mean,
-        _per_sample(schedule, "variance", rows, x_start),
-        _per_sample(schedule, "log_variance", rows, x_start),
+        per_sample(schedule, "variance", rows, x_start),
+        per_sample(schedule, "log_variance", rows, x_start),
     )
 
 
@@ -377,7 +334,7 @@ def q_posterior_mean_variance(
     memory of their own.
 
     Args:
-        x_start, x_t: (B, ...), one shape, device and dtype.
+        x_start, x_t: (B, ...), one shape and device; the mean has x_t's dtype.
         out: tensor for the mean; may be one of the inputs.
         t, schedule, check, backend: as in q_sample.
     """
@@ -389,11 +346,11 @@ def q_posterior_mean_variance(
         check_out("out", out, "x_t", x_t, x_t.dtype, [x_start, x_t])
     mean = call_step(
         [x_start, x_t], StepSpec(states=2, outputs=(3,)),
-        _table(schedule, "posterior", x_t), rows,
+        table_of(schedule, "posterior", x_t), rows,
         out_dtypes=[x_t.dtype], out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
     return (
         mean,
-        _per_sample(schedule, "posterior_variance", rows, x_t),
-        _per_sample(schedule, "posterior_log_variance_clipped", rows, x_t),
+        per_sample(schedule, "posterior_variance", rows, x_t),
+        per_sample(schedule, "posterior_log_variance_clipped", rows, x_t),
     )

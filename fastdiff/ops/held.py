@@ -7,6 +7,8 @@ Dynamo takes two of them in one graph for the same one.)
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
@@ -19,29 +21,40 @@ __all__ = ["held", "remembered"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LIMIT = 1024  # tables; then all are dropped and made again, which only costs time
+_LIMIT = 1024  # tables kept for eager calls; then they are dropped and made again
 
 
 class _Store:
-    pass
+    """Tables of compiled graphs by attribute; never renamed, as graphs do not guard on identity."""
 
 
 _store = _Store()
 _names: dict[tuple[Any, ...], str] = {}
+_numbers = itertools.count()
+_tensors: dict[tuple[Any, ...], Tensor] = {}
+_lock = threading.RLock()
+
+
+def _made(make: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    tensor = make(*arguments)
+    if type(tensor) is not Tensor:  # a FakeTensor must not outlive its mode
+        return tensor
+    with _lock:
+        if len(_tensors) >= _LIMIT:
+            _tensors.clear()
+        return _tensors.setdefault((make, arguments), tensor)
 
 
 @torch.compiler.assume_constant_result
 def _name(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> str:
     """The attribute of _store that holds make(*arguments), made when it is missing."""
-    key = (make, *arguments)
-    if key not in _names:
-        if len(_names) >= _LIMIT:
-            _names.clear()
-            _store.__dict__.clear()
-        name = f"table_{len(_names)}"
-        setattr(_store, name, make(*arguments))
-        _names[key] = name
-    return _names[key]
+    key = (make, arguments)
+    with _lock:
+        if key not in _names:
+            name = f"table_{next(_numbers)}"
+            setattr(_store, name, _made(make, arguments))
+            _names[key] = name
+        return _names[key]
 
 
 def held(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -51,8 +64,11 @@ def held(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> Tens
         fingerprint: that of the schedule among the arguments; being a plain string read by the
             caller, it makes a compiled graph guard on the schedule's content.
     """
-    tensor: Tensor = getattr(_store, _name(fingerprint, make, *arguments))
-    return tensor
+    if torch.compiler.is_compiling():
+        tensor: Tensor = getattr(_store, _name(fingerprint, make, *arguments))
+        return tensor
+    found = _tensors.get((make, arguments))
+    return _made(make, arguments) if found is None else found
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:

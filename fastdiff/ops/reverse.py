@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff.ops.call import call_step, compute_dtype, noise_from
 from fastdiff.ops.checks import check_like, check_out, check_sample, resolve_rows, resolve_seed
+from fastdiff.ops.exp import exp
 from fastdiff.ops.forward import _check_one_noise, _check_schedule
 from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
@@ -23,6 +24,7 @@ from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.prediction import check_clip
 
 __all__ = ["ddim_sample", "p_mean_variance", "p_sample"]
 
@@ -69,18 +71,25 @@ def _structure(
     return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
 
 
+def _by_t(plan: SolverPlan, rows: Tensor) -> Tensor:
+    """Rows of the plan in the order of t: samplers go down, reverse samplers up."""
+    return rows.flip(0) if plan.t[0] > plan.t[-1] else rows
+
+
 def _table(
     kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool,
     device: torch.device, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _plan(kind, schedule, arguments).on(device, dtype, preview).table
+    plan = _plan(kind, schedule, arguments)
+    return _by_t(plan, plan.on(device, dtype, preview).table)
 
 
 def _draws(
     kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool,
     device: torch.device, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _plan(kind, schedule, arguments).on(device, dtype, preview).draws
+    plan = _plan(kind, schedule, arguments)
+    return _by_t(plan, plan.on(device, dtype, preview).draws)
 
 
 @remembered
@@ -114,7 +123,6 @@ def _reverse_step(
     kind: str,
     schedule: NoiseSchedule,
     arguments: tuple[Any, ...],
-    ascending: bool,
     model_output: Tensor,
     x_t: Tensor,
     t: int | Tensor,
@@ -137,8 +145,6 @@ def _reverse_step(
     if noise is not None:
         check_like("noise", noise, "x_t", x_t)
     rows = resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
-    if not ascending:
-        rows = plan.rows - 1 - rows
     keys, low, offset = resolve_seed(
         0 if seed is None else seed, sample_offset, x_t.shape[0], x_t.device
     )
@@ -149,7 +155,7 @@ def _reverse_step(
         outputs = [out] + ([torch.empty_like(x_t)] if return_x_start else [])
     results = call_step(
         [x_t], plan.spec, plan.table, rows, model_outputs=[model_output],
-        noise=noise_from(noise, generator, x_t), keys=keys, draws=plan.draws,
+        noise=noise_from(noise, generator, x_t, backend), keys=keys, draws=plan.draws,
         counter=(low, offset, 0, 0), out=outputs, backend=backend,
     )  # fmt: skip
     return (results[0], results[1]) if return_x_start else results[0]
@@ -188,7 +194,7 @@ def p_sample(
         return_x_start: also return the (clipped) x_0, from the same pass.
     """
     return _reverse_step(
-        "ddpm", schedule, (prediction_type, variance, clip), False, model_output, x_t, t, seed,
+        "ddpm", schedule, (prediction_type, variance, check_clip(clip)), model_output, x_t, t, seed,
         noise, generator, sample_offset, return_x_start, out, fast, check, backend,
     )  # fmt: skip
 
@@ -219,8 +225,9 @@ def ddim_sample(
     Noise is needed when eta > 0 only. Arguments as in p_sample and fastdiff.solvers.ddim.
     """
     return _reverse_step(
-        "ddim", schedule, (prediction_type, eta, clip, use_clipped_model_output, reverse), reverse,
-        model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start, out, fast,
+        "ddim", schedule,
+        (prediction_type, eta, check_clip(clip), use_clipped_model_output, reverse), model_output,
+        x_t, t, seed, noise, generator, sample_offset, return_x_start, out, fast,
         check, backend,
     )  # fmt: skip
 
@@ -234,44 +241,55 @@ def p_mean_variance(
     prediction_type: str = "epsilon",
     variance: str = "fixed_small",
     clip: Clip = (-1.0, 1.0),
+    out: Tensor | None = None,
     check: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, variance, log-variance of p(x_{t-1} | x_t) and the predicted x_0.
 
-    Mean and x_0 come from one pass. Variance and log-variance are per-sample numbers expanded to
-    the shape of x_t; with variance="learned_range" they are full tensors (Nichol & Dhariwal 2021,
-    eq. 15). Arguments as in p_sample.
+    Mean and x_0 come from one pass; `out` takes the mean. Variance and log-variance are per-sample
+    numbers expanded to the shape of x_t; with variance="learned_range" they are full tensors made
+    by a few PyTorch operations (Nichol & Dhariwal 2021, eq. 15), in the arithmetic of the step.
+    Arguments as in p_sample.
     """
     _check_schedule(schedule, chain=True)
     check_sample("x_t", x_t)
-    arguments = (prediction_type, variance, clip)
+    arguments = (prediction_type, variance, check_clip(clip))
     # The plan's rows with x_0 as second output; the noise column, last, is masked off.
     plan = _rows_of("ddpm", schedule, arguments, True, False, x_t.device, x_t.dtype)
-    _check_model_output(model_output, x_t, plan.spec.learned)
+    learned = plan.spec.learned
+    _check_model_output(model_output, x_t, learned)
     spec = replace(plan.spec, outputs=tuple(mask & 7 for mask in plan.spec.outputs))
-    rows = plan.rows - 1 - resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
+    rows = resolve_rows(t, plan.rows, x_t.shape[0], x_t.device, check)
+    outputs = None
+    if out is not None:
+        check_out("out", out, "x_t", x_t, x_t.dtype, [x_t, model_output])
+        outputs = [out, torch.empty_like(x_t)]
+    # Before `out` overwrites an input.
+    compute = compute_dtype(x_t.dtype)
+    v = model_output[:, x_t.shape[1] :].to(compute) if learned else None
     mean, x_start = call_step(
-        [x_t], spec, plan.table, rows, model_outputs=[model_output], draws=plan.draws,
+        [x_t], spec, plan.table, rows, model_outputs=[model_output], draws=plan.draws, out=outputs,
         backend=backend,
     )  # fmt: skip
-    inside = (rows >= 0) & (rows < plan.rows)
     bounds = held(
-        schedule.fingerprint, _uploaded_variances, schedule, variance, x_t.device, x_t.dtype
+        schedule.fingerprint, _uploaded_variances, schedule, variance, x_t.device, compute
     )
+    inside = (rows >= 0) & (rows < plan.rows)
     picked = torch.where(inside[:, None], bounds[torch.where(inside, rows, 0)], torch.nan)
     low, high = (picked[:, k].reshape(-1, *[1] * (x_t.dim() - 1)) for k in (0, 1))
-    if not plan.spec.learned:
-        return mean, low.expand(x_t.shape), high.expand(x_t.shape), x_start
-    f = model_output[:, x_t.shape[1] :] * 0.5 + 0.5
+    if v is None:
+        low, high = (value.to(x_t.dtype).expand(x_t.shape) for value in (low, high))
+        return mean, low, high, x_start
+    f = v * 0.5 + 0.5
     log_variance = f * high + (1.0 - f) * low
-    return mean, torch.exp(log_variance), log_variance, x_start
+    return mean, exp(log_variance).to(x_t.dtype), log_variance.to(x_t.dtype), x_start
 
 
 def _uploaded_variances(
     schedule: NoiseSchedule, variance: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(T, 2) by plan row: variance and log-variance, or the log bounds of a learned range."""
+    """(T, 2): variance and log-variance at t, or the log bounds of a learned range."""
     small_log = schedule.posterior_log_variance_clipped
     if variance == "fixed_small":
         columns = [schedule.posterior_variance, small_log]
@@ -280,5 +298,4 @@ def _uploaded_variances(
         columns = [np.exp(large_log), large_log]
     else:
         columns = [small_log, np.log(schedule.betas)]
-    array = np.stack(columns, axis=1)[::-1]
-    return torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
+    return torch.from_numpy(np.stack(columns, axis=1)).to(device=device, dtype=dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from fastdiff.noise import STREAM_STEP
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
+from fastdiff.schedules._values import as_float
 from fastdiff.solvers.prediction import check_clip, denoised, epsilon
 from fastdiff.solvers.subsequence import subsequence
 
@@ -50,11 +51,12 @@ def ddim(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if not (isinstance(eta, (int, float)) and np.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta must be a number >= 0, not {eta!r}")
+    eta = as_float("eta", eta)
+    if eta < 0:
+        raise ValueError(f"eta must be >= 0, not {eta}")
     if reverse and eta != 0:
         raise ValueError(f"eta must be 0 in reverse: the reverse ODE is deterministic, not {eta}")
-    check_clip(clip)
+    bounds = check_clip(clip)
     chain = subsequence(schedule, steps, spacing, timesteps)
     rows = len(chain)
     order = np.arange(rows) if reverse else np.arange(rows)[::-1]
@@ -71,7 +73,7 @@ def ddim(
     p, q = denoised(prediction_type, alpha_t, sigma_t)
     e, f = epsilon(prediction_type, alpha_t, sigma_t)
     zero, one = np.zeros(rows), np.ones(rows)
-    if clip is None:  # columns x, o, c, z
+    if bounds is None:  # columns x, o, c, z
         A = np.stack([scale_x0 * p + scale_eps * e, scale_x0 * q + scale_eps * f, zero, sigma], 1)
         x_start = np.stack([p, q, zero], axis=1)
     else:
@@ -88,11 +90,11 @@ def ddim(
         x_start=x_start,
         t=np.asarray(chain.timesteps[order], np.float64),
         draws=steps_streams[:, None],
-        P=None if clip is None else np.stack([p, q, zero], axis=1),
-        lo=None if clip is None else np.full(rows, float(clip[0])),
-        hi=None if clip is None else np.full(rows, float(clip[1])),
+        P=None if bounds is None else np.stack([p, q, zero], axis=1),
+        lo=None if bounds is None else np.full(rows, bounds[0]),
+        hi=None if bounds is None else np.full(rows, bounds[1]),
         about={
             "schedule": schedule.name, "prediction_type": prediction_type, "eta": str(float(eta)),
-            "clip": str(clip),
+            "clip": str(bounds),
         },
     )  # fmt: skip

@@ -53,7 +53,7 @@ def ddpm(
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
-    check_clip(clip)
+    bounds = check_clip(clip)
     chain = subsequence(schedule, steps, spacing, timesteps)
     rows = len(chain)
     down = np.arange(rows)[::-1]  # row 0 is the noisiest step
@@ -72,7 +72,7 @@ def ddpm(
     sigma = np.where(np.arange(rows) == rows - 1, 0.0, sigma)
 
     zero, one = np.zeros(rows), np.ones(rows)
-    if clip is None:  # columns x, o, c, z
+    if bounds is None:  # columns x, o, c, z
         A = np.stack([c2 + c1 * p, c1 * q, zero, sigma], axis=1)
         x_start = np.stack([p, q, zero], axis=1)
     else:
@@ -86,13 +86,13 @@ def ddpm(
         x_start=x_start,
         t=np.asarray(chain.timesteps[down], np.float64),
         draws=steps_streams[:, None],
-        P=None if clip is None else np.stack([p, q, zero], axis=1),
-        lo=None if clip is None else np.full(rows, float(clip[0])),
-        hi=None if clip is None else np.full(rows, float(clip[1])),
+        P=None if bounds is None else np.stack([p, q, zero], axis=1),
+        lo=None if bounds is None else np.full(rows, bounds[0]),
+        hi=None if bounds is None else np.full(rows, bounds[1]),
         half_log_variance_min=0.5 * smallest if learned else None,
         half_log_variance_max=0.5 * largest if learned else None,
         about={
             "schedule": schedule.name, "prediction_type": prediction_type,
-            "variance": variance, "clip": str(clip),
+            "variance": variance, "clip": str(bounds),
         },
     )  # fmt: skip

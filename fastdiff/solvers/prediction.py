@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,13 +54,14 @@ def epsilon(
     return np.array(sigma_t), np.array(alpha_t)
 
 
-def check_clip(clip: tuple[float, float] | None) -> None:
-    """clip is None or (lo, hi) with lo < hi."""
+def check_clip(clip: Sequence[float] | None) -> tuple[float, float] | None:
+    """None, or (lo, hi) with lo < hi."""
     if clip is None:
-        return
+        return None
     try:
         lo, hi = (float(bound) for bound in clip)
     except (TypeError, ValueError):
         raise TypeError(f"clip must be None or a pair (lo, hi), not {clip!r}") from None
     if not lo < hi:
         raise ValueError(f"clip must have lo < hi, not {clip!r}")
+    return lo, hi

@@ -33,9 +33,18 @@ def subsequence(
             raise ValueError(f"timesteps must be a non-empty list of integers, not {timesteps!r}")
         if len(np.unique(indices)) != indices.size:
             raise ValueError("timesteps must not repeat")
-        return schedule.spaced(np.sort(indices))
-    if steps is None:
-        return schedule
-    if isinstance(steps, str):
-        return schedule.spaced(steps)
-    return schedule.spaced(np.sort(timestep_spacing(schedule.num_timesteps, steps, spacing)))
+        if indices.min() < 0 or indices.max() >= len(schedule):
+            raise ValueError(f"timesteps must be in [0, {len(schedule)}), not {timesteps!r}")
+        chain = schedule.spaced(np.sort(indices))
+    elif steps is None:
+        chain = schedule
+    elif isinstance(steps, str):
+        chain = schedule.spaced(steps)
+    else:
+        chain = schedule.spaced(np.sort(timestep_spacing(len(schedule), steps, spacing)))
+    if (chain.sigma_t == 0).any():
+        raise ValueError(
+            f"schedule has no noise yet at index {int(np.argmax(chain.sigma_t == 0))} (beta 0): "
+            "leave such steps out with timesteps="
+        )
+    return chain

@@ -186,6 +186,8 @@ def _device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise _UsageError(f"argument --device: {text!r} is not there: {reason}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise _UsageError(f"argument --device: must be cpu or cuda, got {text!r}")
     return device
 
 

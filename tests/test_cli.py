@@ -184,6 +184,7 @@ def test_animation_is_named_after_the_picture(own_folder):
         (["--count", "0"], "argument --count: must be in [1, 100], got 0"),
         (["--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
         (["--device", "abacus"], "argument --device: 'abacus' is not there"),
+        (["--device", "meta"], "argument --device: must be cpu or cuda, got 'meta'"),
         (["--out", "picture.jpg"], "argument --out: must end in .png, got 'picture.jpg'"),
         (["--out", "absent/x.png"], "its folder absent does not exist"),
         (["--out", "folder.png"], "--out must be a file, folder.png is a folder"),

@@ -32,8 +32,8 @@ Probe = Callable[[torch.device, torch.dtype], "str | None"]
 _probes: dict[str, Probe] = {}
 _operations: dict[tuple[str, str], Any] = {}
 
-# Automatic order by device type. On GPUs Triton comes first because it needs no compiler on the
-# machine; on CPUs Triton has only its interpreter.
+# Automatic order by device type. On GPUs Triton comes first because it needs no CUDA toolkit on the
+# machine (only a C compiler); on CPUs Triton has only its interpreter.
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 _chosen: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)

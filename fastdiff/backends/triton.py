@@ -6,6 +6,8 @@ Triton is imported at the first probe or call, not with this module.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +39,8 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch finds no GPU"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
         return "it needs an NVIDIA GPU of compute capability 7.5 or later"
+    elif not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
+        return "Triton compiles its launcher with a C compiler: install gcc or clang, or set CC"
     return None
 
 

@@ -244,6 +244,7 @@ def test_speed(benchmark, operation: str, shape: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", default="", help="avx512, avx2 or portable; default the best")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per case")
@@ -252,7 +253,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warm = keep_memory()
     facts = machine() | {
-        "cpu kernels": fd.backends.native.isa(),
+        "cpu kernels": fd.backends.native.isa(options.isa),
         "load": f"{os.getloadavg()[0]:.1f}",
         "memory": "warm" if warm else "default allocator",
     }

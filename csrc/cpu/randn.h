@@ -52,9 +52,10 @@ FD_HD void store_normals(bf16_t* z, Lanes::F (&normals)[4]) {
   store_vector(z + 2 * Lanes::kCount, z23);
 }
 
-// kRun normals of the counters first_block.., rounded to S.
-template <class S>
-FD_HD void normals_run(const Draw& draw, uint32_t first_block, S* z) {
+// kRun normals of the counters first_block..: emit(first, normals) gets them by the 4 kCount, as
+// box_muller leaves them (element k of every counter in normals[k], counters in the order for S).
+template <class S, class Emit>
+FD_HD void each_quad(const Draw& draw, uint32_t first_block, const Emit& emit) {
   static constexpr CounterOffsets kOffsets = counter_offsets<S>();
   Lanes::W words[4] = {Lanes::word(first_block), Lanes::word(draw.key.sample),
                        Lanes::word(draw.step), Lanes::word(draw.stream)};
@@ -71,8 +72,15 @@ FD_HD void normals_run(const Draw& draw, uint32_t first_block, S* z) {
     Lanes::F normals[4];
     box_muller<Lanes>(merged[0], merged[1], normals[0], normals[1]);
     box_muller<Lanes>(merged[2], merged[3], normals[2], normals[3]);
-    store_normals(z + 4 * half * Lanes::kCount, normals);
+    emit(4 * half * Lanes::kCount, normals);
   }
+}
+
+// kRun normals rounded to S, in memory order.
+template <class S>
+FD_HD void normals_run(const Draw& draw, uint32_t first_block, S* z) {
+  const auto emit = [z](int first, Lanes::F(&normals)[4]) { store_normals(z + first, normals); };
+  each_quad<S>(draw, first_block, emit);
 }
 
 // What a block reads and writes once its noise is made. It is fetched while the noise is being

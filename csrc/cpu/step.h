@@ -9,8 +9,7 @@
 #include <cmath>
 
 #include "../include/exp.h"
-#include "randn.h"
-#include "sums.h"
+#include "noisy_sum.h"
 
 namespace fastdiff::FASTDIFF_ISA {
 
@@ -79,6 +78,7 @@ class StepKernel {
     for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws)
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
     choose_uniform();
+    choose_noisy();
     if (!p_.seeded) return;
     for (int k = 0; k < p_.draws; ++k) {
       const int64_t* draw = p_.draw_table ? p_.draw_table + (index * p_.draws + k) * 2 : nullptr;
@@ -91,7 +91,7 @@ class StepKernel {
   // Elements begin..end-1 of the sample: whole groups in place, and what remains as one group
   // between copies of what it reads and writes.
   void run(int64_t begin, int64_t end) {
-    const int64_t stride = one_pass() ? end - begin : kBlock;
+    const int64_t stride = one_pass() || noisy_ ? end - begin : kBlock;
     for (; begin < end; begin += stride) {
       const int64_t count = end - begin < stride ? end - begin : stride;
       const int64_t whole = count / kGroup * kGroup;
@@ -170,6 +170,16 @@ class StepKernel {
     }
   }
 
+  void choose_noisy() {
+    noisy_ = nullptr;
+    if constexpr (std::is_same_v<T, float>) {
+      const bool alone = p_.outputs == 1 && !p_.model_input.data && p_.seeded && p_.draws == 1;
+      if (!alone || p_.out[0].dtype != DType::f32 || p_.noise_dtype != DType::f32) return;
+      noisy_ = noisy_sum_for(rows_[0], &sources_[kNoise].here, clamped_sum_,
+                             &sources_[kClamped].here, streams(0));
+    }
+  }
+
   static bool reads(const Sum<T>& sum, const Place* place) {
     for (int k = 0; k < sum.count; ++k)
       if (sum.terms[k].source == place) return true;
@@ -233,6 +243,11 @@ class StepKernel {
       if (sources_[k].used && sources_[k].data) find(k, begin, count, tail, ahead);
     for (int r = 0; r < p_.outputs; ++r)
       ahead.add(at(p_.out[r], element), size_of(p_.out[r].dtype));
+    if constexpr (std::is_same_v<T, float>) {
+      if (noisy_ && !tail)
+        return noisy_(rows_[0], clamped_sum_, clamp_, draws_[0], static_cast<uint32_t>(begin / 4),
+                      count, reinterpret_cast<float*>(at(p_.out[0], element)));
+    }
     for (int k = 0; k < p_.draws; ++k)
       if (p_.seeded && sources_[kNoise + k].used)
         fill_noise(p_.noise_dtype, draws_[k], static_cast<uint32_t>(begin / 4), scratch_.noise[k],
@@ -354,6 +369,7 @@ class StepKernel {
   Clamp<T> clamp_{};
   Sum<T> clamped_sum_{}, rows_[kMaxOutputs];
   UniformSum clamp_uniform_, uniform_[kMaxOutputs];
+  NoisySum noisy_;
   Draw draws_[kMaxDraws];
 };
 

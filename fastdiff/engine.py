@@ -110,9 +110,7 @@ class Sampler:
             check_sample("x_T", x_T)
             if device is not None and not _same_device(torch.device(device), x_T.device):
                 raise ValueError(f"x_T is on {x_T.device}, but device is {device}")
-            x = x_T.to(dtype=dtype or x_T.dtype, memory_format=torch.contiguous_format)
-            if x is x_T:  # a model may write to its input, which can be the sample
-                x = x.clone()
+            x = x_T.to(dtype=dtype or x_T.dtype)
         else:
             x = self._initial(
                 check_shape(shape), seed, sample_offset, generator, device, dtype or torch.float32,

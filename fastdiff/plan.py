@@ -23,6 +23,7 @@ from torch import Tensor
 from fastdiff.files import check_writable, write_atomic
 from fastdiff.ops.call import pack_table
 from fastdiff.ops.checks import index_views
+from fastdiff.ops.held import faking, lasting
 from fastdiff.ops.step import StepSpec
 
 __all__ = ["DevicePlan", "SolverPlan"]
@@ -182,9 +183,12 @@ class SolverPlan:
 
     def on(self, device: torch.device, dtype: torch.dtype, preview: bool = False) -> DevicePlan:
         """The plan's tensors on a device, uploaded once; dtype float32 or float64."""
+        if faking():
+            return DevicePlan.upload(self, device, dtype, preview)
         key = (device, dtype, preview)
         if key not in self._uploads:
-            self._uploads[key] = DevicePlan.upload(self, device, dtype, preview)
+            with lasting():
+                self._uploads[key] = DevicePlan.upload(self, device, dtype, preview)
         return self._uploads[key]
 
     @cached_property

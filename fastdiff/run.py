@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff.backends import operation
 from fastdiff.noise import sample_keys
 from fastdiff.ops.call import call_step, compute_dtype, written
-from fastdiff.ops.checks import FLOATING, check_floating, check_like, resolve_seed
+from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
 from fastdiff.ops.step import HEADER
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules._values import as_float
@@ -53,6 +53,11 @@ class Run:
         fast: bool = False,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(plan, SolverPlan):
+            raise TypeError(f"plan must be a SolverPlan, not {type(plan).__name__}")
+        check_sample("x", x)
+        # The run's own memory: steps may overwrite it, and a model its input, which can be it.
+        x = x.clone(memory_format=torch.contiguous_format)
         self.plan = plan
         self.preview = preview
         self.index = 0

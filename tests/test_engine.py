@@ -176,6 +176,19 @@ def test_gradients_of_history_guidance_and_input(assert_same_bits):
     assert gradient.tolist() == pytest.approx([0.3 * 6, 0.3 * 6], rel=1e-6)
 
 
+def test_a_run_takes_any_layout_and_owns_its_sample(backend, assert_same_bits):
+    x = torch.randn(5, 2, 3).permute(1, 2, 0)
+    kept = x.clone()
+    expected = fd.Run(DDIM, x.contiguous(), seed=0).step(model(x, torch.tensor([99, 99])))
+    run = fd.Run(DDIM, x, seed=0, in_place=True)
+    assert_same_bits(run.step(model(x, torch.tensor([99, 99]))), expected)
+    assert torch.equal(x, kept)
+    with pytest.raises(TypeError, match="plan"):
+        fd.Run(None, x)
+    with pytest.raises(ValueError, match="x has an empty batch"):
+        fd.Run(DDIM, x[:0], seed=0)
+
+
 def test_x_T_is_never_written_to():
     x_T = torch.randn(2, 6)
     kept = x_T.clone()

@@ -373,6 +373,84 @@ def test_second_derivatives():
     assert torch.autograd.gradcheck(f, (x, z)) and torch.autograd.gradgradcheck(f, (x, z))
 
 
+def test_gradients_are_the_same_when_they_will_be_differentiated():
+    """Inputs that depend on each other, as a model's output depends on x_t."""
+    x = data((2, 3), torch.float64).requires_grad_()
+    t = torch.tensor([4, 40])
+    calls = (
+        lambda: fd.p_sample(torch.sin(x), x, t, SCHEDULE, seed=0, clip=None),
+        lambda: fd.q_posterior_mean_variance(x, x, t, SCHEDULE)[0],
+        lambda: fd.q_sample(x, t, SCHEDULE, noise=2 * x),
+    )
+    for call in calls:
+        (plain,) = torch.autograd.grad((call() ** 2).sum(), x)
+        (again,) = torch.autograd.grad((call() ** 2).sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad((reference_of(call) ** 2).sum(), x)
+        torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+        (second,) = torch.autograd.grad(again.sum(), x)
+        (first,) = torch.autograd.grad((reference_of(call) ** 2).sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad(first.sum(), x)
+        torch.testing.assert_close(second, expected, rtol=1e-10, atol=1e-10)
+
+
+def reference_of(call):
+    """The same call with plain PyTorch's own autograd through the definition."""
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():  # forward mode takes the definition, without the wrapper
+        return call()
+
+
+def test_forward_mode_derivatives(backend):
+    x, direction = data((2, 5)), data((2, 5), seed=1)
+    t = torch.tensor([4, 40])
+    value, tangent = torch.func.jvp(
+        lambda x: fd.q_sample(x, t, SCHEDULE, seed=0), (x,), (direction,)
+    )
+    assert torch.equal(value, fd.q_sample(x, t, SCHEDULE, seed=0))
+    a = torch.from_numpy(np.array(SCHEDULE.alpha_t)).float()[t][:, None]
+    torch.testing.assert_close(tangent, a * direction)
+
+
+def test_tables_made_in_other_modes_serve_everyone(assert_same_bits):
+    """Inference mode, fake tensors and export meet the caches first; then ordinary calls come."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    schedule = fd.schedules.linear(37, 1e-3, 0.1)
+    plan = fd.solvers.ddim(schedule, 5)
+    x = data((2, 6))
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            y = fd.q_sample(x, 3, schedule, seed=0)
+            return fd.p_sample(y, y, 3, schedule, seed=0)
+
+    def guided(**options):
+        return fd.sample(lambda x, t: x * 0.5, plan, shape=(2, 6), seed=0, guidance_scale=2.0,
+                         **options)  # fmt: skip
+
+    with torch.inference_mode():
+        first = guided()
+    with FakeTensorMode():
+        fake = torch.empty(2, 6)
+        Module()(fake)
+        fd.q_sample(fake, torch.zeros(2, dtype=torch.int64), schedule, seed=0, backend="reference")
+    exported = torch.export.export(Module(), (x,)).module()
+    expected = Module()(x)
+    assert_same_bits(exported(x), expected)
+    assert_same_bits(torch.compile(Module(), fullgraph=True)(x), expected)
+    assert_same_bits(guided(), first)
+    run = fd.Sampler(plan).start(shape=(2, 6), seed=0, guidance_scale=2.0)
+    scale = torch.tensor(0.5, requires_grad=True)
+    while not run.done:
+        run.step(scale * run.model_input)
+    assert torch.isfinite(torch.autograd.grad(run.x.sum(), scale)[0])
+    assert_same_bits(run.x.detach(), first)
+    with FakeTensorMode():
+        assert fd.q_sample(torch.empty(2, 6), 3, schedule, seed=0).shape == (2, 6)
+
+
 def test_tables_made_by_many_threads_at_once():
     """The first use of many schedules from many threads: everyone gets their own coefficients."""
     import sys
@@ -512,10 +590,18 @@ def test_out_may_not_overlap_an_input_in_part():
         fd.q_sample(room[:12].view(4, 3), 0, SCHEDULE, seed=0, out=room[2:14].view(4, 3))
 
 
-@pytest.mark.parametrize("at", [[], [3, 1], [1, 1], [T], [-1]])
+@pytest.mark.parametrize("at", [[], [3, 1], [1, 1], [T], [-1], [1.5]])
 def test_chain_indices_are_checked(at):
-    with pytest.raises(ValueError, match="at must"):
+    with pytest.raises((ValueError, TypeError), match="at must"):
         fd.q_chain(X, SCHEDULE, seed=0, at=at)
+
+
+@pytest.mark.parametrize("name", ["x_start", "noise"])
+def test_the_chain_refuses_gradients(name):
+    arguments = {"x_start": torch.zeros(2, 3), "noise": torch.zeros(T, 2, 3)}
+    arguments[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} requires grad"):
+        fd.q_chain(schedule=SCHEDULE, **arguments)
 
 
 def test_posterior_needs_a_chain():

@@ -181,6 +181,8 @@ X = torch.zeros(2, 3)
         (dict(variance="x"), ValueError, "variance"),
         (dict(clip=(1, 0)), ValueError, "clip"),
         (dict(clip=3), TypeError, "clip"),
+        (dict(prediction_type=["epsilon"]), TypeError, "prediction_type"),
+        (dict(variance=None), TypeError, "variance"),
         (dict(seed=None), ValueError, "seed, noise and generator"),
         (dict(out=torch.zeros(3, 2)), ValueError, "out"),
     ],

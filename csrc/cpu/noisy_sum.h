@@ -9,6 +9,8 @@
 
 namespace fastdiff::FASTDIFF_ISA {
 
+static_assert(Group<float>::kSize % kRun == 0, "whole groups are whole runs");
+
 using NoisySum = void (*)(const Sum<float>& row, const Sum<float>& clamped,
                           const Clamp<float>& clamp, const Draw& draw, uint32_t first_block,
                           int64_t count, float* target);

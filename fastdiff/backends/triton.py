@@ -39,9 +39,15 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch finds no GPU"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
         return "it needs an NVIDIA GPU of compute capability 7.5 or later"
-    elif not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
+    elif not any(shutil.which(name) for name in _compilers()):
         return "Triton compiles its launcher with a C compiler: install gcc or clang, or set CC"
     return None
+
+
+def _compilers() -> list[str]:
+    """What Triton would compile its launcher with: CC, taken at its word, else gcc or clang."""
+    chosen = os.environ.get("CC", "").split()
+    return chosen[:1] or ["gcc", "clang"]
 
 
 @functools.cache

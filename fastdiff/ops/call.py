@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdiff.backends import operation, select
 from fastdiff.ops.step import HEADER, StepSpec, step_values
@@ -83,10 +84,11 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated too
-        leaves: list[Tensor] = list(ctx.saved_tensors)
-        if not again:
-            needed = ctx.needs_input_grad[2:]
-            leaves = [v.detach().requires_grad_(n) for v, n in zip(leaves, needed, strict=True)]
+        saved = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        # Views, so that gradients stop here and do not run on along paths between the inputs.
+        leaves: list[Tensor] = [
+            v.view_as(v) if again else v.detach().requires_grad_(needed) for v, needed in saved
+        ]
         arguments = {k: v for k, v in ctx.arguments.items() if k not in ("out", "backend")}
         states, outputs, noise, scale = _split(leaves, ctx.count)
         spec: list[int] = arguments["spec"]
@@ -193,6 +195,12 @@ def call_step(
     Results have the memory layout of states[0]; with `out` they are written there.
     """
     model_outputs, noise = model_outputs or [], noise or []
+    if forward_ad._current_level >= 0 and out is None:  # forward mode differentiates the definition
+        return step_values(
+            states, model_outputs, noise, guidance_scale=guidance_scale, threshold=threshold,
+            table=table, rows=rows, keys=keys, draws=draws, spec=spec.encoded,
+            counter=list(counter), out_dtypes=out_dtypes or [states[0].dtype] * len(spec.outputs),
+        )  # fmt: skip
     scales = [] if guidance_scale is None else [guidance_scale]
     dtypes = out_dtypes or [states[0].dtype] * len(spec.outputs)
     differentiable = out is None and torch.is_grad_enabled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fastdiff.ops.held import held
 __all__ = [
     "FLOATING",
     "check_floating",
+    "check_int",
     "check_like",
     "check_out",
     "check_sample",
@@ -126,12 +128,12 @@ def check_out(
             raise ValueError(f"{name} overlaps an input in memory without being the same tensor")
 
 
-def _integer(name: str, value: object, wanted: str = "an int") -> int:
+def check_int(name: str, value: object, wanted: str = "an int") -> int:
     """`value` as an int: Python's, NumPy's, or torch.compile's."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     try:
-        if isinstance(value, (bool, Tensor)) or type(value).__name__.startswith("bool"):
+        if isinstance(value, (bool, np.bool_, Tensor)):
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -139,7 +141,7 @@ def _integer(name: str, value: object, wanted: str = "an int") -> int:
 
 
 def check_uint32(name: str, value: object) -> int:
-    number = _integer(name, value)
+    number = check_int(name, value)
     if not 0 <= number < _UINT32:
         raise ValueError(f"{name} must be in [0, 2^32), not {number}")
     return number
@@ -149,7 +151,7 @@ def check_shape(shape: object) -> tuple[int, ...]:
     """(B, ...) as ints, B >= 1."""
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
         raise TypeError(f"shape must be a sequence of ints, not {type(shape).__name__}")
-    sizes = tuple(_integer("shape", size, "a sequence of ints") for size in shape)
+    sizes = tuple(check_int("shape", size, "a sequence of ints") for size in shape)
     if not sizes or sizes[0] < 1 or min(sizes) < 0:
         raise ValueError(f"shape must be (B, ...) with B >= 1 and no negative size, not {sizes}")
     return sizes
@@ -183,7 +185,7 @@ def resolve_seed(
             )
         seed = seed.to(device)
         return torch.stack([seed, torch.zeros_like(seed)], dim=1), 0, 0
-    seed = _integer("seed", seed, "an int or an int64 tensor")
+    seed = check_int("seed", seed, "an int or an int64 tensor")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64), not {seed}")
     if sample_offset + batch > _UINT32:
@@ -206,7 +208,8 @@ def resolve_rows(
             raise TypeError(f"t must be an integer tensor, not {t.dtype}")
         if t.dim() > 1 or t.numel() not in (1, batch):
             raise ValueError(f"t must have shape ({batch},) or (1,), not {tuple(t.shape)}")
-        readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+        plain = type(t) is Tensor or isinstance(t, torch.nn.Parameter)  # a FakeTensor has no values
+        readable = plain and t.device.type == "cpu" and not torch.compiler.is_compiling()
         if (readable or check) and t.device.type != "meta":
             low, high = (t, t) if t.numel() == 1 else torch.aminmax(t)
             if int(low) < 0 or int(high) >= count:
@@ -214,7 +217,7 @@ def resolve_rows(
         if t.dim() == 1 and t.dtype == torch.int64 and t.device == device:
             return t.contiguous()
         return t.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
-    t = _integer("t", t, "an int or an integer tensor")
+    t = check_int("t", t, "an int or an integer tensor")
     if not 0 <= t < count:
         raise ValueError(f"t must be in [0, {count}), not {t}")
     if torch.compiler.is_compiling():

@@ -6,7 +6,6 @@ the chain is an operation of its own. `t` counts from 0: x_t of index t has been
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastdiff.backends import operation
 from fastdiff.noise import STREAM_CHAIN, STREAM_Q_SAMPLE
 from fastdiff.ops.call import call_step, compute_dtype, noise_from, written
 from fastdiff.ops.checks import (
+    check_int,
     check_like,
     check_out,
     check_sample,
@@ -234,7 +234,9 @@ def q_chain(
     _check_schedule(schedule, chain=True)
     _check_one_noise(seed, noise, generator)
     count = schedule.num_timesteps
-    kept = list(range(count)) if at is None else [operator.index(t) for t in at]
+    kept = list(range(count))
+    if at is not None:
+        kept = [check_int("at", t, "a sequence of ints") for t in at]
     if not kept or any(not 0 <= t < count for t in kept) or kept != sorted(set(kept)):
         raise ValueError(f"at must be strictly increasing indices in [0, {count}), not {at!r}")
     keys, low, offset = None, 0, 0
@@ -244,8 +246,9 @@ def q_chain(
         check_like(
             "noise", noise, "x_start repeated T times", x_start.expand(count, *x_start.shape)
         )
-    if x_start.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x_start requires grad: q_chain is not differentiable, use q_step")
+    for name, value in (("x_start", x_start), ("noise", noise)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad: q_chain is not differentiable, use q_step")
     shape = (len(kept), *x_start.shape)
     if out is None:
         out = torch.empty(shape, dtype=x_start.dtype, device=x_start.device)

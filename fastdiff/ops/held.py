@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["held", "remembered"]
+__all__ = ["faking", "held", "lasting", "remembered"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,10 +37,23 @@ _tensors: dict[tuple[Any, ...], Tensor] = {}
 _lock = threading.RLock()
 
 
+def faking() -> bool:
+    """Whether tensors made now are stand-ins that may not meet real ones (FakeTensorMode)."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and not mode.allow_non_fake_inputs
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Within the block tensors are made that may be kept: real ones, outside of inference mode,
+    whatever modes the caller is in (torch.export traces its callers with stand-ins)."""
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
 def _made(make: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
-    tensor = make(*arguments)
-    if type(tensor) is not Tensor:  # a FakeTensor must not outlive its mode
-        return tensor
+    with lasting():
+        tensor = make(*arguments)
     with _lock:
         if len(_tensors) >= _LIMIT:
             _tensors.clear()
@@ -64,9 +79,11 @@ def held(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> Tens
         fingerprint: that of the schedule among the arguments; being a plain string read by the
             caller, it makes a compiled graph guard on the schedule's content.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         tensor: Tensor = getattr(_store, _name(fingerprint, make, *arguments))
         return tensor
+    if faking():
+        return make(*arguments)
     found = _tensors.get((make, arguments))
     return _made(make, arguments) if found is None else found
 

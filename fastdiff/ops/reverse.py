@@ -22,6 +22,7 @@ from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
+from fastdiff.schedules._values import as_float
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.prediction import check_clip
@@ -50,10 +51,10 @@ class _Rows(NamedTuple):
     """What a call needs of a plan, as constants and tensors that torch.compile can hold."""
 
     spec: StepSpec
-    table: Tensor
-    draws: Tensor
     rows: int
     noisy: bool
+    table: Tensor
+    draws: Tensor
 
 
 def _plan(kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...]) -> SolverPlan:
@@ -71,9 +72,9 @@ def _structure(
     return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
 
 
-def _by_t(plan: SolverPlan, rows: Tensor) -> Tensor:
+def _by_t(plan: SolverPlan, rows: np.ndarray) -> Tensor:
     """Rows of the plan in the order of t: samplers go down, reverse samplers up."""
-    return rows.flip(0) if plan.t[0] > plan.t[-1] else rows
+    return torch.from_numpy(np.array(rows[::-1] if plan.t[0] > plan.t[-1] else rows))
 
 
 def _table(
@@ -81,32 +82,46 @@ def _table(
     device: torch.device, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     plan = _plan(kind, schedule, arguments)
-    return _by_t(plan, plan.on(device, dtype, preview).table)
+    return _by_t(plan, plan.table(preview)).to(device=device, dtype=dtype)
 
 
 def _draws(
-    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool,
-    device: torch.device, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], device: torch.device
+) -> Tensor:
     plan = _plan(kind, schedule, arguments)
-    return _by_t(plan, plan.on(device, dtype, preview).draws)
+    return _by_t(plan, plan.draws).to(device)
 
 
 @remembered
-def _rows_of(
+def _spec_of(
     kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool, fast: bool,
-    device: torch.device, dtype: torch.dtype,
-) -> _Rows:  # fmt: skip
-    key = (kind, schedule, arguments, preview)
-    rows, noisy, learned, clamp, *outputs = _structure(schedule.fingerprint, *key)
+    dtype: torch.dtype,
+) -> tuple[StepSpec, int, bool]:  # fmt: skip
+    structure = _structure(schedule.fingerprint, kind, schedule, arguments, preview)
+    rows, noisy, learned, clamp, *outputs = structure
     spec = StepSpec(
         states=1, outputs=tuple(outputs), clamp=None if clamp < 0 else clamp, draws=1,
         noise_dtype=dtype, learned=bool(learned), fast=fast,
     )  # fmt: skip
-    place = (device, compute_dtype(dtype))
-    table = held(schedule.fingerprint, _table, *key, *place)
-    draws = held(schedule.fingerprint, _draws, *key, *place)
-    return _Rows(spec, table, draws, rows, bool(noisy))
+    return spec, rows, bool(noisy)
+
+
+def _rows_of(
+    kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool, fast: bool,
+    x_t: Tensor,
+) -> _Rows:  # fmt: skip
+    device, dtype = x_t.device, x_t.dtype
+    key = (kind, schedule, arguments)
+    table = held(schedule.fingerprint, _table, *key, preview, device, compute_dtype(dtype))
+    draws = held(schedule.fingerprint, _draws, *key, device)
+    return _Rows(*_spec_of(*key, preview, fast, dtype), table, draws)
+
+
+def _check_names(**names: object) -> None:
+    """Before they become keys of a cache: what they must be is the plan builder's to say."""
+    for argument, name in names.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a string, not {type(name).__name__}")
 
 
 def _check_model_output(model_output: Tensor, x_t: Tensor, learned: bool) -> None:
@@ -137,8 +152,9 @@ def _reverse_step(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_schedule(schedule, chain=True)
+    _check_names(prediction_type=arguments[0])
     check_sample("x_t", x_t)
-    plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t.device, x_t.dtype)
+    plan = _rows_of(kind, schedule, arguments, return_x_start, fast, x_t)
     _check_model_output(model_output, x_t, plan.spec.learned)
     if plan.noisy or any(v is not None for v in (seed, noise, generator)):
         _check_one_noise(seed, noise, generator)
@@ -193,6 +209,7 @@ def p_sample(
         seed, noise, generator, sample_offset, out, fast, check, backend: as in q_sample.
         return_x_start: also return the (clipped) x_0, from the same pass.
     """
+    _check_names(variance=variance)
     return _reverse_step(
         "ddpm", schedule, (prediction_type, variance, check_clip(clip)), model_output, x_t, t, seed,
         noise, generator, sample_offset, return_x_start, out, fast, check, backend,
@@ -224,10 +241,11 @@ def ddim_sample(
 
     Noise is needed when eta > 0 only. Arguments as in p_sample and fastdiff.solvers.ddim.
     """
+    bounds = check_clip(clip)
     return _reverse_step(
         "ddim", schedule,
-        (prediction_type, eta, check_clip(clip), use_clipped_model_output, reverse), model_output,
-        x_t, t, seed, noise, generator, sample_offset, return_x_start, out, fast,
+        (prediction_type, as_float("eta", eta), bounds, use_clipped_model_output, reverse),
+        model_output, x_t, t, seed, noise, generator, sample_offset, return_x_start, out, fast,
         check, backend,
     )  # fmt: skip
 
@@ -254,9 +272,10 @@ def p_mean_variance(
     """
     _check_schedule(schedule, chain=True)
     check_sample("x_t", x_t)
+    _check_names(prediction_type=prediction_type, variance=variance)
     arguments = (prediction_type, variance, check_clip(clip))
     # The plan's rows with x_0 as second output; the noise column, last, is masked off.
-    plan = _rows_of("ddpm", schedule, arguments, True, False, x_t.device, x_t.dtype)
+    plan = _rows_of("ddpm", schedule, arguments, True, False, x_t)
     learned = plan.spec.learned
     _check_model_output(model_output, x_t, learned)
     spec = replace(plan.spec, outputs=tuple(mask & 7 for mask in plan.spec.outputs))

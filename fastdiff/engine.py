@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff.backends import select
 from fastdiff.noise import STREAM_INITIAL
-from fastdiff.ops.call import compute_dtype
+from fastdiff.ops.call import compute_dtype, drawn_from
 from fastdiff.ops.checks import check_floating, check_sample, check_shape
 from fastdiff.ops.draw import randn
 from fastdiff.plan import SolverPlan
@@ -139,8 +139,7 @@ class Sampler:
                 raise TypeError(f"generator must be a torch.Generator, not {generator!r}")
             target = torch.device(generator.device if device is None else device)
             select(target, compute_dtype(dtype), self.backend)  # before the generator moves on
-            x = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
-            x = x.to(target)
+            x = drawn_from(generator, shape, dtype, target)
         else:
             assert seed is not None
             x = randn(

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fastdiff.backends import operation
 from fastdiff.noise import sample_keys
-from fastdiff.ops.call import call_step, compute_dtype, written
+from fastdiff.ops.call import (
+    call_step,
+    compute_dtype,
+    differentiated,
+    drawn_from,
+    row_major,
+    written,
+)
 from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
 from fastdiff.ops.step import HEADER
 from fastdiff.plan import SolverPlan
@@ -111,7 +118,7 @@ class Run:
         self._input: Tensor | None = None
         if not (trivial and copies == 1 and model_dtype == x.dtype):
             first = (x.to(compute) * plan.first_c_in).to(model_dtype)
-            self._input = torch.cat([first] * copies) if copies > 1 else first.clone()
+            self._input = torch.cat([first] * copies) if copies > 1 else first
 
     @property
     def x(self) -> Tensor:
@@ -151,7 +158,8 @@ class Run:
         noise = self._draw(i)
         device_plan, spec = self._device_plan, self._spec
         changing = self.plan.changing
-        if torch.is_grad_enabled() and self._wants_gradient(output):
+        scales = [] if self._guidance is None else [self._guidance]
+        if differentiated(self._states, halves, noise, scales):
             results = call_step(
                 self._states, spec, device_plan.table, device_plan.rows[i], model_outputs=halves,
                 noise=noise, keys=self._keys, draws=device_plan.draws,
@@ -163,9 +171,9 @@ class Run:
                 scaled = (c_in * results[0].to(c_in.dtype)).to(self._input.dtype)
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
-            results = [self._states[k] if self._in_place else _row_major(x) for k in changing]
+            results = [self._states[k] if self._in_place else row_major(x) for k in changing]
             if self.preview:
-                results.append(_row_major(x))
+                results.append(row_major(x))
             self._operation(
                 self._states, [h.contiguous() for h in halves], noise, device_plan.table,
                 device_plan.rows[i], self._keys, device_plan.draws, self._guidance, None,
@@ -196,14 +204,6 @@ class Run:
         if output.dtype not in FLOATING or (output.dtype == torch.float64) != double:
             raise TypeError(f"output is {output.dtype}, which does not go with x of {x.dtype}")
 
-    def _wants_gradient(self, output: Tensor) -> bool:
-        scale = self._guidance
-        return (
-            output.requires_grad
-            or (scale is not None and scale.requires_grad)
-            or any(state.requires_grad for state in self._states)
-        )
-
     def _draw(self, row: int) -> list[Tensor]:
         """Noise tensors of a row, or none when the step makes its own."""
         if self._keys is not None:
@@ -214,12 +214,8 @@ class Run:
             if not self.plan.draws_noise[row, k]:
                 tensors.append(x)  # has a zero coefficient: never read
             elif self._generator is not None:
-                tensors.append(
-                    torch.randn(
-                        x.shape, dtype=self._noise_dtype, device=self._generator.device,
-                        generator=self._generator,
-                    ).to(x.device)
-                )  # fmt: skip
+                drawn = drawn_from(self._generator, x.shape, self._noise_dtype, x.device)
+                tensors.append(drawn)
             else:
                 assert self._noise is not None
                 drawn = self._noise(row, k)
@@ -229,10 +225,6 @@ class Run:
 
 
 _NO_COUNTER = [0, 0, 0, 0]
-
-
-def _row_major(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _check_guidance(
@@ -252,6 +244,4 @@ def _check_guidance(
         )
     if scale.device.type == "cpu" and not bool(torch.isfinite(scale).all()):
         raise ValueError(f"guidance_scale must be finite, not {guidance_scale}")
-    scale = scale.to(device)
-    return scale if scale.requires_grad and scale.is_contiguous() else scale.clone(
-        memory_format=torch.contiguous_format)  # fmt: skip
+    return scale.to(device).clone(memory_format=torch.contiguous_format)

@@ -101,3 +101,20 @@ def test_forward_mode_derivatives(backend):
     assert torch.equal(value, fd.q_sample(x, t, SCHEDULE, seed=0))
     a = torch.from_numpy(np.array(SCHEDULE.alpha_t)).float()[t][:, None]
     torch.testing.assert_close(tangent, a * direction)
+
+
+def test_forward_mode_derivatives_of_a_run():
+    """d x_0 / d scale through every step, forward, equals the backward derivative."""
+    plan = fd.solvers.ddim(SCHEDULE, 5, clip=None)
+
+    def final(scale):
+        run = fd.Sampler(plan).start(shape=(1, 4), seed=0, dtype=torch.float64)
+        while not run.done:
+            run.step(scale * torch.sin(run.model_input))
+        return run.x.sum()
+
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    _, tangent = torch.func.jvp(final, (scale,), (torch.ones_like(scale),))
+    leaf = scale.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(final(leaf), leaf)
+    torch.testing.assert_close(tangent, gradient)

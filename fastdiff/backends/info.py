@@ -14,6 +14,7 @@ from fastdiff import backends
 from fastdiff.backends import native
 from fastdiff.backends.build import cache_root
 from fastdiff.ops.schemas import SCHEMAS
+from fastdiff.profiling.timing import processor
 
 __all__ = ["info"]
 
@@ -33,17 +34,6 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _devices() -> list[torch.device]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(count))]
@@ -55,7 +45,7 @@ def info() -> str:
     Builds the native library if that has not happened yet.
     """
     lines = [f"fastdiff {fastdiff.__version__}", ""]
-    lines.append(f"machine      {_processor()}, {os.cpu_count()} CPUs, {platform.platform()}")
+    lines.append(f"machine      {processor()}, {os.cpu_count()} CPUs, {platform.platform()}")
     lines.append(f"python       {platform.python_version()}")
     for package in _PACKAGES:
         installed = importlib.util.find_spec({"pillow": "PIL"}.get(package, package)) is not None

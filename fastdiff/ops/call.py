@@ -13,7 +13,10 @@ from torch.autograd import forward_ad
 from fastdiff.backends import operation, select
 from fastdiff.ops.step import HEADER, StepSpec, step_values
 
-__all__ = ["call_step", "compute_dtype", "noise_from", "pack_table", "written"]
+__all__ = [
+    "call_step", "compute_dtype", "differentiated", "drawn_from", "noise_from", "pack_table",
+    "row_major", "written",
+]  # fmt: skip
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,11 +57,16 @@ def noise_from(
     """
     if generator is not None:
         select(like.device, compute_dtype(like.dtype), backend)  # before the generator moves on
-        drawn = torch.randn(
-            shape or like.shape, dtype=like.dtype, device=generator.device, generator=generator
-        )
-        return [drawn.to(like.device)]
+        return [drawn_from(generator, shape or like.shape, like.dtype, like.device)]
     return [] if noise is None else [noise]
+
+
+def drawn_from(
+    generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """torch.randn on the generator's own device, brought to `device`."""
+    drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    return drawn.to(device)
 
 
 def written(tensors: Sequence[Tensor]) -> None:
@@ -89,7 +97,7 @@ class _Step(torch.autograd.Function):
         leaves: list[Tensor] = [
             v.view_as(v) if again else v.detach().requires_grad_(needed) for v, needed in saved
         ]
-        arguments = {k: v for k, v in ctx.arguments.items() if k not in ("out", "backend")}
+        arguments = {k: v for k, v in ctx.arguments.items() if k != "backend"}
         states, outputs, noise, scale = _split(leaves, ctx.count)
         spec: list[int] = arguments["spec"]
         draws, _, learned, _, clamp_mask = spec[:5]
@@ -146,7 +154,7 @@ def _run(
     first = states[0]
     results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
-    targets = [r if r.is_contiguous() else _row_major(r) for r in results]
+    targets = [r if r.is_contiguous() else row_major(r) for r in results]
     operation("step", first.device, table.dtype, backend)(
         [s.contiguous() for s in states], [o.contiguous() for o in model_outputs],
         [z.contiguous() for z in noise], table, rows, keys, draws, guidance_scale, threshold, spec,
@@ -160,15 +168,20 @@ def _run(
     return results
 
 
-def _row_major(like: Tensor) -> Tensor:
+def row_major(like: Tensor) -> Tensor:
+    """An empty tensor of that shape and dtype in the layout that kernels write."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _wants_gradient(*groups: Sequence[Tensor]) -> bool:
-    for group in groups:
-        for tensor in group:
-            if tensor.requires_grad:
-                return True
+def differentiated(*groups: Sequence[Tensor]) -> bool:
+    """Whether a result of these tensors must carry a derivative, backward or forward."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for group in groups:
+            for tensor in group:
+                if tensor.requires_grad:
+                    return True
     return False
 
 
@@ -195,26 +208,18 @@ def call_step(
     Results have the memory layout of states[0]; with `out` they are written there.
     """
     model_outputs, noise = model_outputs or [], noise or []
-    if forward_ad._current_level >= 0 and out is None:  # forward mode differentiates the definition
-        return step_values(
-            states, model_outputs, noise, guidance_scale=guidance_scale, threshold=threshold,
-            table=table, rows=rows, keys=keys, draws=draws, spec=spec.encoded,
-            counter=list(counter), out_dtypes=out_dtypes or [states[0].dtype] * len(spec.outputs),
-        )  # fmt: skip
     scales = [] if guidance_scale is None else [guidance_scale]
-    dtypes = out_dtypes or [states[0].dtype] * len(spec.outputs)
-    differentiable = out is None and torch.is_grad_enabled()
-    if not (differentiable and _wants_gradient(states, model_outputs, noise, scales)):
-        return _run(
-            states, model_outputs, noise, guidance_scale, table=table, rows=rows, keys=keys,
-            draws=draws, threshold=threshold, spec=spec.encoded, counter=list(counter),
-            out_dtypes=dtypes, out=out, backend=backend,
-        )  # fmt: skip
     arguments: dict[str, Any] = {
         "table": table, "rows": rows, "keys": keys, "draws": draws, "threshold": threshold,
-        "spec": spec.encoded, "counter": list(counter), "out_dtypes": dtypes,
+        "spec": spec.encoded, "counter": list(counter),
+        "out_dtypes": out_dtypes or [states[0].dtype] * len(spec.outputs),
     }  # fmt: skip
-    if torch.compiler.is_compiling():  # the compiler differentiates and fuses the definition
+    if out is not None or not differentiated(states, model_outputs, noise, scales):
+        return _run(
+            states, model_outputs, noise, guidance_scale, out=out, backend=backend, **arguments
+        )
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        # The compiler, and forward mode, differentiate the definition themselves.
         return step_values(states, model_outputs, noise, guidance_scale=guidance_scale, **arguments)
     arguments["backend"] = backend
     count = (len(states), len(model_outputs), len(noise))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import operation
-from fastdiff.ops.call import compute_dtype, written
+from fastdiff.ops.call import compute_dtype, row_major, written
 from fastdiff.ops.checks import (
     check_floating,
     check_out,
@@ -60,9 +60,7 @@ def randn(
         check_out("out", out, "shape", out, out.dtype, [])
         result = out
     keys, low, offset = resolve_seed(seed, sample_offset, sizes[0], result.device)
-    target = result
-    if not result.is_contiguous():
-        target = torch.empty_like(result, memory_format=torch.contiguous_format)
+    target = result if result.is_contiguous() else row_major(result)
     operation("randn", result.device, compute_dtype(result.dtype), backend)(
         target, keys, low, offset, step, stream, 0, fast
     )

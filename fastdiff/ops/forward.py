@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.backends import operation
 from fastdiff.noise import STREAM_CHAIN, STREAM_Q_SAMPLE
-from fastdiff.ops.call import call_step, compute_dtype, noise_from, written
+from fastdiff.ops.call import call_step, compute_dtype, noise_from, row_major, written
 from fastdiff.ops.checks import (
     check_int,
     check_like,
@@ -257,9 +257,7 @@ def q_chain(
         check_out(
             "out", out, "(len(at), *x_start.shape)", x_start.expand(shape), x_start.dtype, inputs
         )
-    target = (
-        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    )
+    target = out if out.is_contiguous() else row_major(out)
     drawn = noise_from(noise, generator, x_start, backend, (count, *x_start.shape))
     place = (x_start.device, compute_dtype(x_start.dtype))
     operation("chain", *place, backend)(

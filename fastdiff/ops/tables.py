@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from fastdiff.schedules import NoiseSchedule, Schedule
 __all__ = ["per_sample", "table_of", "uploaded"]
 
 
-@lru_cache(maxsize=256)
 def host_table(schedule: Schedule, kind: str) -> np.ndarray:
     """The float64 step table of one kind of forward operation; a row per t."""
     rows = schedule.num_timesteps

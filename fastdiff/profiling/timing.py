@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Timing", "interleaved", "keep_memory", "machine"]
+__all__ = ["Timing", "interleaved", "keep_memory", "machine", "processor"]
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,22 @@ def keep_memory() -> bool:
         return False
 
 
-def machine() -> dict[str, str]:
-    """What a figure must carry: processor, versions, threads."""
-    model = platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's name as the system gives it."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-        model = names[0] if names else model
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
     except OSError:
         pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str]:
+    """What a figure must carry: processor, versions, threads."""
     return {
-        "processor": model,
+        "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),

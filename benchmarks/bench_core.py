@@ -25,6 +25,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff.ops.call import call_step
 from fastdiff.profiling.timing import interleaved, keep_memory, machine
+from fastdiff.program import Mode
 
 SHAPES = {
     "1x4x64x64": (1, 4, 64, 64),
@@ -196,7 +197,8 @@ def ddim(shape: tuple[int, ...]) -> Case:
     n = shape[0]
     x, output = data(shape, 0), data((2 * n, *shape[1:]), 1)
     plan = fd.solvers.ddim(SCHEDULE, timesteps=[ROW - 20, ROW], clip=None)
-    tables, spec = plan.on(x.device, torch.float32), plan.spec(torch.float32)
+    tables = plan.on(x.device, torch.float32, Mode())
+    spec = plan.program(Mode()).variants[0].spec(plan, torch.float32)
     scale, kept = torch.tensor([GUIDANCE]), x.clone()
     halves = list(output.split(n))
     source, target = (torch.randn(2 * x.numel()) for _ in range(2))
@@ -204,7 +206,7 @@ def ddim(shape: tuple[int, ...]) -> Case:
     def step(state: Tensor, out: list[Tensor] | None = None) -> Tensor:
         # The step alone: opponents do not make the doubled input of the next model call either.
         return call_step(
-            [state], spec, tables.table, tables.rows[0], model_outputs=halves,
+            [state], spec, tables.tables[0], tables.rows[0], model_outputs=halves,
             draws=tables.draws, guidance_scale=scale, out=out,
         )[0]  # fmt: skip
 

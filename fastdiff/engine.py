@@ -78,6 +78,7 @@ class Sampler:
         noise_dtype: torch.dtype | None = None,
         preview: bool = False,
         in_place: bool = False,
+        outputs_are_fresh: bool = False,
         fast: bool = False,
     ) -> Run:
         """Begins a run: from a latent, or from the initial noise of a shape.
@@ -100,6 +101,9 @@ class Sampler:
             noise_dtype: dtype that draws are rounded to (default: the run's).
             preview: make x_start at every step, in the same pass.
             in_place: steps overwrite the sample's memory instead of allocating.
+            outputs_are_fresh: the model never writes again to an output it has returned (it
+                replays no CUDA graph into the same buffer): history that is an output is then kept
+                instead of copied.
             fast: approximate transcendental functions in GPU noise.
         """
         if (x_T is None) == (shape is None):
@@ -119,7 +123,8 @@ class Sampler:
         return Run(
             self.plan, x, seed=seed, sample_offset=sample_offset, generator=generator, noise=noise,
             guidance_scale=guidance_scale, model_dtype=model_dtype, noise_dtype=noise_dtype,
-            preview=preview, in_place=in_place, fast=fast, backend=self.backend,
+            preview=preview, in_place=in_place, outputs_are_fresh=outputs_are_fresh, fast=fast,
+            backend=self.backend,
         )  # fmt: skip
 
     def _initial(

@@ -18,18 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastdiff.files import check_writable, write_atomic
-from fastdiff.ops.call import pack_table
-from fastdiff.ops.checks import index_views
 from fastdiff.ops.held import faking, lasting
-from fastdiff.ops.step import StepSpec
+from fastdiff.program import DeviceProgram, Mode, Program
 
-__all__ = ["DevicePlan", "SolverPlan"]
+__all__ = ["SolverPlan"]
 
 FloatArray = NDArray[np.float64]
-_FORMAT = 1
+_FORMAT = 2
+DRAW_DTYPES = ("sample", "model_output", "float32")
 MAX_STATES, MAX_DRAWS = 7, 4  # what the kernels serve, with a row left for the preview
 
 
@@ -43,16 +41,30 @@ class SolverPlan:
         S'[k] = A[i, k] . [S, o, c, z]
         next model input = c_in[i] * S'[0]
 
+    S0 is what the model sees next (before c_in), or the result after the last call; the other
+    states are the history. A row [0 .. 0] forgets a state, a unit row keeps a tensor as it is.
+
     Attributes:
         name: what it is, for people.
         A: (R, N, N+2+D) state rows, columns S0.., o, c, z0..
-        x_start: (R, N+2) the denoised preview x_0 over S0.., o, c.
+        x_start: (R, N+2+D) the denoised preview x_0 over the same columns.
         t: (R,) the model's own t at every call.
         draws: (R, D, 2) uint32 (step, stream) of every draw.
         P, lo, hi: (R, N+1+D), (R,), (R,) the clamp node; None without one.
+        thresholding: (ratio, largest): the clamp node is dynamic thresholding instead (Saharia et
+            al. 2022): with s the ratio-quantile of |P . [S, o, z]| in every sample, held in
+            [1, largest], c = clamp(., -s, s) / s. lo and hi are then not used.
         c_in: (R,) scale of the model input that follows the call (the last is not used).
         first_c_in: scale of the first model input.
         initial_scale: x_T = initial_scale * standard normal noise.
+        first_churn: scale of noise added to x_T before the first call; its (step, stream) is
+            (0, 3).
+        inputs: names of the last states, which the caller supplies at every call (their rows keep
+            them as they are).
+        drawn: (R, D) draws that a generator makes, used or not, in this order (as the upstream
+            code does); None: those with a coefficient.
+        draw_dtype: dtype of a generator's draws: that of the "sample", of the "model_output", or
+            "float32".
         half_log_variance_min, half_log_variance_max: (R,) bounds of learned-range variance, halved:
             the noise coefficient is multiplied by exp(f * max + (1 - f) * min), f = (v + 1) / 2.
             None when the model does not predict its variance.
@@ -70,6 +82,11 @@ class SolverPlan:
     c_in: FloatArray | None = None
     first_c_in: float = 1.0
     initial_scale: float = 1.0
+    first_churn: float = 0.0
+    inputs: tuple[str, ...] = ()
+    thresholding: tuple[float, float] | None = None
+    drawn: NDArray[np.bool_] | None = None
+    draw_dtype: str = "sample"
     half_log_variance_min: FloatArray | None = None
     half_log_variance_max: FloatArray | None = None
     about: dict[str, str] = field(default_factory=dict)
@@ -79,10 +96,10 @@ class SolverPlan:
             value = getattr(self, name)
             if value is None:
                 continue
-            dtype = np.int64 if name == "draws" else np.float64
+            dtype = {"draws": np.int64, "drawn": np.bool_}.get(name, np.float64)
             if name == "draws" and np.asarray(value).dtype.kind not in "iu":
                 raise TypeError(f"draws must hold integers, not {np.asarray(value).dtype}")
-            array = np.array(value, dtype=dtype)
+            array: NDArray[Any] = np.array(value, dtype=dtype)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         if self.A.ndim != 3 or self.A.shape[0] < 1 or self.A.shape[1] < 1:
@@ -95,9 +112,10 @@ class SolverPlan:
                 f"not {states} and {draws}"
             )
         expected = {
-            "A": (rows, states, columns), "x_start": (rows, states + 2), "t": (rows,),
+            "A": (rows, states, columns), "x_start": (rows, columns), "t": (rows,),
             "draws": (rows, draws, 2), "P": (rows, columns - 1), "lo": (rows,), "hi": (rows,),
-            "c_in": (rows,), "half_log_variance_min": (rows,), "half_log_variance_max": (rows,),
+            "c_in": (rows,), "drawn": (rows, draws), "half_log_variance_min": (rows,),
+            "half_log_variance_max": (rows,),
         }  # fmt: skip
         if draws < 0:
             raise ValueError(f"A must be (R, N, N+2+D) with D >= 0, not {self.A.shape}")
@@ -118,8 +136,47 @@ class SolverPlan:
             raise ValueError("half_log_variance_min and _max must be given together")
         if ((self.draws < 0) | (self.draws >= 1 << 32)).any():
             raise ValueError("draws must hold (step, stream) in [0, 2^32)")
-        if self.P is None and (self.A[:, :, states + 1].any() or self.x_start[:, -1].any()):
+        clamp_column = np.append(
+            self.A[:, :, states + 1], self.x_start[:, None, states + 1], axis=1
+        )
+        if self.P is None and clamp_column.any():
             raise ValueError("the clamp column c is used, but P, lo and hi are None")
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        if self.thresholding is not None:
+            ratio, largest = (float(value) for value in self.thresholding)
+            if self.P is None or not 0 <= ratio <= 1 or not largest >= 1:
+                raise ValueError(
+                    "thresholding must be (ratio, largest) with 0 <= ratio <= 1 <= largest and a "
+                    f"clamp node, not {self.thresholding!r}"
+                )
+            object.__setattr__(self, "thresholding", (ratio, largest))
+        if self.draw_dtype not in DRAW_DTYPES:
+            raise ValueError(
+                f"draw_dtype must be one of {', '.join(DRAW_DTYPES)}, not {self.draw_dtype!r}"
+            )
+        self._check_history()
+
+    def _check_history(self) -> None:
+        """Refuses rows that read a state before any row has written it."""
+        states, given = self.states, len(self.inputs)
+        if given >= states:
+            raise ValueError(f"inputs must leave room for the sample: {given} of {states} states")
+        identity = np.eye(states, self.A.shape[2])[states - given :]
+        if (self.A[:, states - given :] != identity).any():
+            raise ValueError("inputs must be kept as they are by every row of A")
+        known = np.zeros(states, dtype=bool)
+        known[0] = known[states - given :] = True
+        for i in range(self.rows):
+            kept = np.array([_is_unit(row, k) for k, row in enumerate(self.A[i])])
+            rows = [*self.A[i][known | ~kept], self.x_start[i]]
+            if self.P is not None:
+                rows.append(self.P[i])
+            unknown = np.any([row[:states] != 0 for row in rows], axis=0) & ~known
+            if unknown.any():
+                raise ValueError(
+                    f"A reads state {int(np.argmax(unknown))} at row {i}, before any row wrote it"
+                )
+            known = self.A[i].any(axis=1) & (known | ~kept)
 
     # Sizes and structure.
 
@@ -143,56 +200,52 @@ class SolverPlan:
     def learned(self) -> bool:
         return self.half_log_variance_min is not None
 
-    @cached_property
-    def changing(self) -> tuple[int, ...]:
-        """Indices of the states that some row changes; the others are only read."""
-        identity = np.eye(self.states, self.A.shape[2])
-        return tuple(k for k in range(self.states) if k == 0 or (self.A[:, k] != identity[k]).any())
+    @property
+    def state_names(self) -> list[str]:
+        """x, the history s1.., the caller's inputs."""
+        history = self.states - 1 - len(self.inputs)
+        return ["x", *(f"s{k}" for k in range(1, history + 1)), *self.inputs]
 
     @cached_property
     def draws_noise(self) -> NDArray[np.bool_]:
         """(R, D): whether the row's draw has a non-zero coefficient anywhere."""
         first = self.states + 2
         used = (self.A[:, :, first:] != 0).any(axis=1)
+        used |= self.x_start[:, first:] != 0
         if self.P is not None:
             used |= self.P[:, self.states + 1 :] != 0
         return used
 
+    @property
+    def consumes(self) -> NDArray[np.bool_]:
+        """(R, D): the draws that a generator makes."""
+        return self.draws_noise if self.drawn is None else self.drawn
+
     # Execution.
 
-    def spec(self, noise_dtype: torch.dtype, preview: bool = False, fast: bool = False) -> StepSpec:
-        """The step's structure: outputs are the changing states, then x_0 when preview."""
-        masks = [_mask(self.A[:, k]) for k in self.changing]
-        if preview:
-            masks.append(_mask(self.x_start))
-        return StepSpec(
-            states=self.states, outputs=tuple(masks), draws=self.n_draws, learned=self.learned,
-            clamp=None if self.P is None else _mask(self.P), noise_dtype=noise_dtype, fast=fast,
-        )  # fmt: skip
+    def program(self, mode: Mode) -> Program:
+        """The calls of the fused step that run this plan, worked out once per mode."""
+        if mode not in self._programs:
+            self._programs[mode] = Program(self, mode)
+        return self._programs[mode]
 
-    def table(self, preview: bool = False) -> FloatArray:
-        """The float64 coefficient table that goes with spec()."""
-        outputs = [self.A[:, k] for k in self.changing]
-        if preview:
-            outputs.append(np.pad(self.x_start, ((0, 0), (0, self.n_draws))))
-        header: dict[str, Any] = {}
-        for name in ("lo", "hi", "c_in", "half_log_variance_min", "half_log_variance_max"):
-            if getattr(self, name) is not None:
-                header[name] = getattr(self, name)
-        return pack_table(self.rows, outputs, self.P, header)
-
-    def on(self, device: torch.device, dtype: torch.dtype, preview: bool = False) -> DevicePlan:
-        """The plan's tensors on a device, uploaded once; dtype float32 or float64."""
+    def on(self, device: torch.device, dtype: torch.dtype, mode: Mode) -> DeviceProgram:
+        """The program's tensors on a device, uploaded once; dtype float32 or float64."""
+        program = self.program(mode)
         if faking():
-            return DevicePlan.upload(self, device, dtype, preview)
-        key = (device, dtype, preview)
+            return DeviceProgram.upload(program, device, dtype)
+        key = (device, dtype, mode)
         if key not in self._uploads:
             with lasting():
-                self._uploads[key] = DevicePlan.upload(self, device, dtype, preview)
+                self._uploads[key] = DeviceProgram.upload(program, device, dtype)
         return self._uploads[key]
 
     @cached_property
-    def _uploads(self) -> dict[tuple[torch.device, torch.dtype, bool], DevicePlan]:
+    def _programs(self) -> dict[Mode, Program]:
+        return {}
+
+    @cached_property
+    def _uploads(self) -> dict[tuple[torch.device, torch.dtype, Mode], DeviceProgram]:
         return {}
 
     # Identity.
@@ -200,7 +253,7 @@ class SolverPlan:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides the results (not name and about)."""
-        digest = hashlib.sha256(repr((self.first_c_in, self.initial_scale)).encode())
+        digest = hashlib.sha256(repr([getattr(self, name) for name in _SCALARS]).encode())
         for name in _ARRAYS:
             value = getattr(self, name)
             digest.update(b"-" if value is None else repr(value.shape).encode() + value.tobytes())
@@ -226,8 +279,7 @@ class SolverPlan:
         """Writes the plan to an .npz file, whole or not at all."""
         meta = {
             "format": _FORMAT, "name": self.name, "about": self.about,
-            "first_c_in": float(self.first_c_in).hex(),
-            "initial_scale": float(self.initial_scale).hex(),
+            **{name: getattr(self, name) for name in _SCALARS},
         }  # fmt: skip
         arrays = {n: getattr(self, n) for n in _ARRAYS if getattr(self, n) is not None}
         buffer = io.BytesIO()
@@ -247,11 +299,8 @@ class SolverPlan:
                     f"this version reads {_FORMAT}"
                 )
             arrays = {name: file[name] for name in _ARRAYS if name in file}
-        return cls(
-            name=meta["name"], about=meta["about"],
-            first_c_in=float.fromhex(meta["first_c_in"]),
-            initial_scale=float.fromhex(meta["initial_scale"]), **arrays,
-        )  # fmt: skip
+        del meta["format"]
+        return cls(**meta, **arrays)
 
     # Text.
 
@@ -263,87 +312,54 @@ class SolverPlan:
 
     def __str__(self) -> str:
         """One line per call: t, what is read and written, bytes per element, draws."""
+        kinds = [
+            f"{self.rows} model calls",
+            f"{self.states - 1 - len(self.inputs)} history tensors",
+        ]
+        if self.P is not None:
+            kinds.append("clamped" if self.thresholding is None else "dynamic thresholding")
+        if self.learned:
+            kinds.append("learned variance")
         lines = [
-            f"{self.name}: {self.rows} model calls, {self.states - 1} history tensors, "
-            f"{'clamped, ' if self.P is not None else ''}"
-            f"{'learned variance, ' if self.learned else ''}"
-            f"bytes per element for float32, noise made in the kernel"
+            f"{self.name}: {', '.join(kinds)}",
+            "B/elt: bytes per element for float32, noise made in the kernel; fresh: when the "
+            "model's outputs need no copy",
         ]
         lines += [f"  {key}: {value}" for key, value in self.about.items()]
-        lines.append(f"{'call':>6} {'t':>10}  {'reads':<18} {'writes':<12} {'B/elt':>5}  draws")
-        shown = range(self.rows)
-        for i in shown:
+        lines.append(
+            f"{'call':>6} {'t':>10}  {'reads':<18} {'writes':<12} {'B/elt':>5} {'fresh':>5}  draws"
+        )
+        for i in range(self.rows):
             if self.rows > 40 and 20 <= i < self.rows - 20:
                 if i == 20:
                     lines.append(f"{'...':>6}")
                 continue
             reads, writes = self.traffic(i)
+            fresh = sum(map(len, self.traffic(i, outputs_are_fresh=True)))
             draws = ", ".join(
                 f"({step}, {stream})"
                 for (step, stream), used in zip(self.draws[i], self.draws_noise[i], strict=True)
                 if used
             )
-            size = 4 * (len(reads) + len(writes))
             lines.append(
                 f"{i:>6} {self.t[i]:>10g}  {' '.join(reads):<18} {' '.join(writes):<12} "
-                f"{size:>5}  {draws or '-'}"
+                f"{4 * (len(reads) + len(writes)):>5} {4 * fresh:>5}  {draws or '-'}"
             )
         return "\n".join(lines)
 
-    def traffic(self, row: int) -> tuple[list[str], list[str]]:
+    def traffic(self, row: int, outputs_are_fresh: bool = False) -> tuple[list[str], list[str]]:
         """Names of the full-size tensors (x, s1.., o) that a row reads and writes."""
-        names = ["x", *(f"s{k}" for k in range(1, self.states)), "o"]
-        used = np.zeros(self.states + 1, dtype=bool)
-        clamp_used = False
-        for k in self.changing:
-            used |= self.A[row, k, : self.states + 1] != 0
-            clamp_used |= bool(self.A[row, k, self.states + 1] != 0)
-        if clamp_used and self.P is not None:
-            used |= self.P[row, : self.states + 1] != 0
-        if self.learned:
-            names.append("v")
-            used = np.append(used, bool(self.draws_noise[row].any()))
-        reads = [name for name, flag in zip(names, used, strict=True) if flag]
-        return reads, [names[k] for k in self.changing]
+        return self.program(Mode(fresh_outputs=outputs_are_fresh)).traffic(row)
 
 
 _ARRAYS = (
-    "A", "x_start", "t", "draws", "P", "lo", "hi", "c_in", "half_log_variance_min",
+    "A", "x_start", "t", "draws", "P", "lo", "hi", "c_in", "drawn", "half_log_variance_min",
     "half_log_variance_max",
+)  # fmt: skip
+_SCALARS = (
+    "first_c_in", "initial_scale", "first_churn", "inputs", "thresholding", "draw_dtype",
 )  # fmt: skip
 
 
-def _mask(rows: FloatArray) -> int:
-    """Bit k is set when any row uses column k."""
-    return sum(1 << int(k) for k in np.flatnonzero((rows != 0).any(axis=0)))
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """A plan's tensors on one device.
-
-    Attributes:
-        table: (R, width) float32 or float64.
-        rows: R views of one int64 tensor, the row index of every call as (1,).
-        draws: int64 (R, D, 2).
-        t: (R,) int64 when every t is whole, else the table's dtype.
-    """
-
-    table: Tensor
-    rows: tuple[Tensor, ...]
-    draws: Tensor
-    t: Tensor
-
-    @classmethod
-    def upload(
-        cls, plan: SolverPlan, device: torch.device, dtype: torch.dtype, preview: bool
-    ) -> DevicePlan:
-        whole = bool((plan.t == np.floor(plan.t)).all())
-        return cls(
-            table=torch.from_numpy(plan.table(preview)).to(device=device, dtype=dtype),
-            rows=index_views(plan.rows, device).split([1, 1] * plan.rows)[::2],
-            draws=torch.from_numpy(np.array(plan.draws)).to(device),
-            t=torch.from_numpy(np.array(plan.t)).to(
-                device=device, dtype=torch.int64 if whole else dtype
-            ),
-        )
+def _is_unit(row: FloatArray, k: int) -> bool:
+    return bool(row[k] == 1) and np.count_nonzero(row) == 1

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.backends import operation
-from fastdiff.noise import sample_keys
+from fastdiff.noise import STREAM_STEP_SECOND, sample_keys
 from fastdiff.ops.call import (
     call_step,
     compute_dtype,
     differentiated,
     drawn_from,
-    row_major,
+    pack_table,
     written,
 )
 from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
-from fastdiff.ops.step import HEADER
+from fastdiff.ops.quantile import threshold_of
+from fastdiff.ops.step import HEADER, StepSpec
 from fastdiff.plan import SolverPlan
+from fastdiff.program import Mode, RowCall
 from fastdiff.schedules._values import as_float
 
 __all__ = ["NoiseSource", "Run"]
 
 NoiseSource = Callable[[int, int], Tensor]
+States = list[Any]  # tensors, None where a state is not held
 
 
 class Run:
@@ -36,6 +41,7 @@ class Run:
 
     Attributes:
         x: the sample S0, (B, ...), in the run's dtype.
+        history: the states beside x, in the plan's order; None where none is held.
         t: the model's t for the coming call: (B,), or (2B,) with guidance.
         model_input: what the model takes at the coming call: c_in * x in the model's dtype, twice
             along the batch with guidance (unconditional half first).
@@ -57,24 +63,27 @@ class Run:
         noise_dtype: torch.dtype | None = None,
         preview: bool = False,
         in_place: bool = False,
+        outputs_are_fresh: bool = False,
+        borrow: bool = False,
         fast: bool = False,
         backend: str | None = None,
     ) -> None:
+        """See Sampler.start. With borrow=True the sample stays the caller's: x is not copied, every
+        step is given the sample to start from, and neither is kept or written to."""
         if not isinstance(plan, SolverPlan):
             raise TypeError(f"plan must be a SolverPlan, not {type(plan).__name__}")
         check_sample("x", x)
-        # The run's own memory: steps may overwrite it, and a model its input, which can be it.
-        x = x.clone(memory_format=torch.contiguous_format)
+        if not borrow:
+            # The run's own memory: steps may overwrite it, and a model its input, which can be it.
+            x = x.clone(memory_format=torch.contiguous_format)
         self.plan = plan
-        self.preview = preview
         self.index = 0
         self.x_start: Tensor | None = None
-        self._backend = backend
-        self._in_place = in_place
+        self._preview, self._borrow, self._backend = preview, borrow, backend
         batch, device = x.shape[0], x.device
         compute = compute_dtype(x.dtype)
-        model_dtype, noise_dtype = model_dtype or x.dtype, noise_dtype or x.dtype
-        for name, dtype in (("model_dtype", model_dtype), ("noise_dtype", noise_dtype)):
+        model_dtype = model_dtype or x.dtype
+        for name, dtype in (("model_dtype", model_dtype), ("noise_dtype", noise_dtype or x.dtype)):
             check_floating(name, dtype)
         if (model_dtype == torch.float64) != (compute == torch.float64):
             raise TypeError(
@@ -83,12 +92,51 @@ class Run:
             )
         if plan.learned and x.dim() < 2:
             raise ValueError("x must be (B, C, ...): a learned variance doubles the channels")
+        self._take_noise(x, seed, sample_offset, generator, noise, noise_dtype)
+        self._guidance = _check_guidance(guidance_scale, batch, device)
+
+        self._operation = operation("step", device, compute, backend)
+        copies = 1 if self._guidance is None else 2
+        mode = Mode(preview, in_place, not borrow, outputs_are_fresh and copies == 1)
+        program = plan.program(mode)
+        self._calls = program.calls
+        self._specs = [v.spec(plan, self._noise_dtype, fast) for v in program.variants]
+        self._clamped_specs = [
+            None if v.clamp is None else v.clamped_spec(plan, self._noise_dtype)
+            for v in program.variants
+        ]
+        self._tables = plan.on(device, compute, mode)
+        # The run's own t, which a model may change without harm to the plan's.
+        self._times = self._tables.t[:, None].repeat(1, copies * batch)
+        self._batch = batch
+        self._output_shape = (copies * batch, *x.shape[1:])
+        if plan.learned:
+            self._output_shape = (copies * batch, 2 * x.shape[1], *x.shape[2:])
+        self._dtype = x.dtype
+        self._states: States = [x, *[None] * (plan.states - 1)]
+        if plan.first_churn:
+            self._churn(plan.first_churn, fast)
+        trivial = plan.first_c_in == 1.0 and (plan.c_in is None or bool((plan.c_in == 1.0).all()))
+        self._input: Tensor | None = None
+        if not (trivial and copies == 1 and model_dtype == x.dtype):
+            first = (self.x.to(compute) * plan.first_c_in).to(model_dtype)
+            self._input = torch.cat([first] * copies) if copies > 1 else first
+
+    def _take_noise(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None,
+        sample_offset: int,
+        generator: torch.Generator | None,
+        noise: NoiseSource | None,
+        noise_dtype: torch.dtype | None,
+    ) -> None:
         if noise is not None and not callable(noise):
             raise TypeError(f"noise must be a function, not {type(noise).__name__}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
         given = [source for source in (seed, generator, noise) if source is not None]
-        needs_noise = bool(plan.draws_noise.any())
+        needs_noise = bool(self.plan.draws_noise.any() or self.plan.first_churn)
         if len(given) > 1 or (needs_noise and not given):
             raise ValueError(
                 "exactly one of seed, generator and noise must be given"
@@ -96,33 +144,38 @@ class Run:
             )
         self._keys: Tensor | None = None
         if seed is not None or not given:
+            batch, device = x.shape[0], x.device
             resolved = resolve_seed(0 if seed is None else seed, sample_offset, batch, device)
             self._keys = sample_keys(*resolved, batch, device)
-        self._generator, self._noise, self._noise_dtype = generator, noise, noise_dtype
-        self._guidance = _check_guidance(guidance_scale, batch, device)
+        self._generator, self._noise = generator, noise
+        wide = noise_dtype is None and self.plan.draw_dtype == "float32"
+        self._noise_dtype = torch.float32 if wide else noise_dtype or x.dtype
+        self._as_output = noise_dtype is None and self.plan.draw_dtype == "model_output"
 
-        self._operation = operation("step", device, compute, backend)
-        self._spec = plan.spec(noise_dtype, preview, fast)
-        self._encoded = self._spec.encoded
-        self._device_plan = plan.on(device, compute, preview)
-        copies = 1 if self._guidance is None else 2
-        # The run's own t, which a model may change without harm to the plan's.
-        self._times = self._device_plan.t[:, None].repeat(1, copies * batch)
-        self._batch = batch
-        self._output_shape = (copies * batch, *x.shape[1:])
-        if plan.learned:
-            self._output_shape = (copies * batch, 2 * x.shape[1], *x.shape[2:])
-        # Histories start as zeros that no row reads before it has been written.
-        self._states = [x, *(torch.zeros_like(x) for _ in range(plan.states - 1))]
-        trivial = plan.first_c_in == 1.0 and (plan.c_in is None or bool((plan.c_in == 1.0).all()))
-        self._input: Tensor | None = None
-        if not (trivial and copies == 1 and model_dtype == x.dtype):
-            first = (x.to(compute) * plan.first_c_in).to(model_dtype)
-            self._input = torch.cat([first] * copies) if copies > 1 else first
+    def _churn(self, scale: float, fast: bool) -> None:
+        """x + scale z, the noise that the first call of a churned sampler starts from."""
+        x = self.x
+        noise = []
+        if self._generator is not None:
+            noise = [drawn_from(self._generator, x.shape, self._noise_dtype, x.device)]
+        elif self._noise is not None:
+            noise = [self._noise(-1, 0)]
+            check_like("noise(-1, 0)", noise[0], "x", x)
+        table = torch.from_numpy(pack_table(1, [np.array([[1.0, 0.0, 0.0, scale]])]))
+        self._states[:1] = call_step(
+            [x], StepSpec(1, (0b1001,), draws=1, noise_dtype=self._noise_dtype, fast=fast),
+            table.to(x.device, compute_dtype(x.dtype)), self._tables.rows[0], noise=noise,
+            keys=self._keys, counter=(0, 0, 0, STREAM_STEP_SECOND), backend=self._backend,
+        )  # fmt: skip
 
     @property
     def x(self) -> Tensor:
-        return self._states[0]
+        x: Tensor = self._states[0]
+        return x
+
+    @property
+    def history(self) -> list[Tensor | None]:
+        return self._states[1:]
 
     @property
     def done(self) -> bool:
@@ -138,12 +191,25 @@ class Run:
     def model_input(self) -> Tensor:
         return self.x if self._input is None else self._input
 
-    def step(self, output: Tensor) -> Tensor:
+    def step(
+        self,
+        output: Tensor,
+        x: Tensor | None = None,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        result_dtype: torch.dtype | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         """Advances by one model call and returns the new sample.
 
         Args:
             output: the model's output for (model_input, t): (B, ...), (2B, ...) with guidance
                 (unconditional half first), with twice the channels when the variance is learned.
+            x: the sample to step from when something changed it since the last step (a mask of
+                inpainting, a projection): (B, ...), copied unless the run borrows samples.
+            noise: this step's draws, one (B, ...) tensor each, instead of the run's source.
+            result_dtype: dtype of the new sample (default: the run's).
+            inputs: the plan's own inputs, by name, (B, ...).
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device, or the run is done; the run's
@@ -152,43 +218,111 @@ class Run:
         i = self.index
         if i >= self.plan.rows:
             raise ValueError(f"the run is done: all {self.plan.rows} model calls have been stepped")
-        x = self._states[0]
         self._check_output(output)
+        old = self._states
+        if x is not None or inputs or self.plan.inputs:
+            old = self._given(x, inputs)
+        call = self._calls[i]
+        tables = self._tables
+        spec, table, row = self._specs[call.variant], tables.tables[call.variant], tables.rows[i]
         halves = [output] if self._guidance is None else list(output.split(self._batch))
-        noise = self._draw(i)
-        device_plan, spec = self._device_plan, self._spec
-        changing = self.plan.changing
+        keys = None if noise is not None else self._keys
+        draws = self._draw(i, output) if noise is None else list(noise)
+        states = [old[k] for k in call.reads]
+        threshold = None
+        if call.clamped and self.plan.thresholding is not None:
+            threshold = self._threshold(i, states, halves, draws, keys)
         scales = [] if self._guidance is None else [self._guidance]
-        if differentiated(self._states, halves, noise, scales):
+        if differentiated(states, halves, draws, scales):
+            dtypes = [result_dtype or self._dtype, *[self._dtype] * (len(spec.outputs) - 1)]
             results = call_step(
-                self._states, spec, device_plan.table, device_plan.rows[i], model_outputs=halves,
-                noise=noise, keys=self._keys, draws=device_plan.draws,
-                guidance_scale=self._guidance, backend=self._backend,
-                out_dtypes=[x.dtype] * len(spec.outputs),
+                states, spec, table, row, model_outputs=halves, noise=draws, keys=keys,
+                draws=tables.draws, guidance_scale=self._guidance, threshold=threshold,
+                backend=self._backend, out_dtypes=dtypes,
             )  # fmt: skip
             if self._input is not None:
-                c_in = device_plan.table[i, HEADER.index("c_in")]
+                c_in = table[i, HEADER.index("c_in")]
                 scaled = (c_in * results[0].to(c_in.dtype)).to(self._input.dtype)
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
-            results = [self._states[k] if self._in_place else row_major(x) for k in changing]
-            if self.preview:
-                results.append(row_major(x))
+            results, reused = self._memory(call, old, result_dtype or self._dtype)
             self._operation(
-                self._states, [h.contiguous() for h in halves], noise, device_plan.table,
-                device_plan.rows[i], self._keys, device_plan.draws, self._guidance, None,
-                self._encoded, _NO_COUNTER, results, self._input,
+                [s.contiguous() for s in states], [h.contiguous() for h in halves], draws, table,
+                row, keys, tables.draws, self._guidance, threshold, spec.encoded, _NO_COUNTER,
+                results, self._input,
             )  # fmt: skip
-            if self._in_place:
-                written(results)
-            if self._input is not None:
-                written([self._input])
-        for k, result in zip(changing, results, strict=False):
-            self._states[k] = result
-        if self.preview:
+            written(reused)
+        new: States = [None] * len(old)
+        for k, j in call.moves:
+            new[k] = old[j]
+        for k in call.keeps_output:
+            new[k] = output
+        for k, result in zip(call.writes, results, strict=False):
+            new[k] = result
+        self._states = new
+        if self._preview:
             self.x_start = results[-1]
         self.index = i + 1
-        return self._states[0]
+        return results[0]
+
+    def _memory(
+        self, call: RowCall, old: States, result_dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Where the results go, and which of those tensors held something before."""
+        like = old[0]
+        results, reused = [], [] if self._input is None else [self._input]
+        for k, source in zip(call.writes, call.memory, strict=True):
+            buffer = old[source] if source >= 0 else None
+            if buffer is None:
+                dtype = self._dtype if k else result_dtype
+                buffer = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+            else:
+                reused.append(buffer)
+            results.append(buffer)
+        if self._preview:
+            results.append(torch.empty_like(results[0], dtype=self._dtype))
+        return results, reused
+
+    def _given(self, x: Tensor | None, inputs: dict[str, Tensor]) -> States:
+        """The states with what the caller supplies for this step."""
+        states = list(self._states)
+        if x is not None:
+            if not self._borrow:
+                check_like("x", x, "the run's x", self.x)
+                x = x.clone(memory_format=torch.contiguous_format)
+            elif x.shape != self.x.shape or x.device != self.x.device:
+                raise ValueError(
+                    f"x must be {tuple(self.x.shape)} on {self.x.device}, as when the run began, "
+                    f"not {tuple(x.shape)} on {x.device}"
+                )
+            states[0] = x
+        names = self.plan.inputs
+        if set(inputs) != set(names):
+            wanted = ", ".join(names) or "none"
+            raise ValueError(f"inputs must be {wanted}, not {', '.join(inputs) or 'none'}")
+        for k, name in enumerate(names, start=self.plan.states - len(names)):
+            check_like(name, inputs[name], "x", self.x)
+            states[k] = inputs[name]
+        return states
+
+    def _threshold(
+        self,
+        row: int,
+        states: list[Tensor],
+        halves: list[Tensor],
+        noise: list[Tensor],
+        keys: Tensor | None,
+    ) -> Tensor:
+        """s of dynamic thresholding, (B,), from the value that the clamp node would clamp."""
+        variant = self._calls[row].variant
+        spec, table = self._clamped_specs[variant], self._tables.clamped_tables[variant]
+        assert spec is not None and table is not None and self.plan.thresholding is not None
+        (value,) = call_step(
+            states, spec, table, self._tables.rows[row], model_outputs=halves, noise=noise,
+            keys=keys, draws=self._tables.draws, guidance_scale=self._guidance,
+            backend=self._backend, out_dtypes=[table.dtype],
+        )  # fmt: skip
+        return threshold_of(value, *self.plan.thresholding)
 
     def _check_output(self, output: Tensor) -> None:
         x = self._states[0]
@@ -200,22 +334,22 @@ class Run:
             )
         if output.device != x.device:
             raise ValueError(f"output is on {output.device}, but the run is on {x.device}")
-        double = x.dtype == torch.float64
+        double = self._dtype == torch.float64
         if output.dtype not in FLOATING or (output.dtype == torch.float64) != double:
-            raise TypeError(f"output is {output.dtype}, which does not go with x of {x.dtype}")
+            raise TypeError(f"output is {output.dtype}, which does not go with x of {self._dtype}")
 
-    def _draw(self, row: int) -> list[Tensor]:
+    def _draw(self, row: int, output: Tensor) -> list[Tensor]:
         """Noise tensors of a row, or none when the step makes its own."""
         if self._keys is not None:
             return []
-        x = self._states[0]
+        x = self.x
         tensors = []
         for k in range(self.plan.n_draws):
-            if not self.plan.draws_noise[row, k]:
+            if not self.plan.consumes[row, k]:
                 tensors.append(x)  # has a zero coefficient: never read
             elif self._generator is not None:
-                drawn = drawn_from(self._generator, x.shape, self._noise_dtype, x.device)
-                tensors.append(drawn)
+                dtype = output.dtype if self._as_output else self._noise_dtype
+                tensors.append(drawn_from(self._generator, x.shape, dtype, x.device))
             else:
                 assert self._noise is not None
                 drawn = self._noise(row, k)

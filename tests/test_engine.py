@@ -236,7 +236,8 @@ def scaled_plan():
     A[:, 1] = [0.0, 0.0, 1.0, 0.0, 0.0]  # s1 keeps the last model output
     A[0, 0, 1] = 0.0
     return fd.SolverPlan(
-        "two states", A, np.tile([0.0, 0.0, 1.0, 0.0], (R, 1)), np.array([0.75, 0.5, 0.25, 0.1]),
+        "two states", A, np.tile([0.0, 0.0, 1.0, 0.0, 0.0], (R, 1)),
+        np.array([0.75, 0.5, 0.25, 0.1]),
         np.stack([np.arange(R), np.full(R, 1)], 1)[:, None], c_in=np.array([0.9, 0.8, 0.7, 0.6]),
         first_c_in=0.95, initial_scale=3.0,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from fastdiff.ops.forward import _check_one_noise, _check_schedule
 from fastdiff.ops.held import held, remembered
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
+from fastdiff.program import uniform
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.schedules._values import as_float
 from fastdiff.solvers.ddim import ddim
@@ -67,7 +68,7 @@ def _structure(
 ) -> tuple[int, ...]:
     # The fingerprint makes a compiled graph guard on the schedule's content.
     plan = _plan(kind, schedule, arguments)
-    spec = plan.spec(torch.float32, preview)
+    spec = uniform(plan, preview).spec(plan, torch.float32)
     clamp = -1 if spec.clamp is None else spec.clamp
     return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
 
@@ -82,7 +83,7 @@ def _table(
     device: torch.device, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     plan = _plan(kind, schedule, arguments)
-    return _by_t(plan, plan.table(preview)).to(device=device, dtype=dtype)
+    return _by_t(plan, uniform(plan, preview).table(plan)).to(device=device, dtype=dtype)
 
 
 def _draws(

@@ -75,14 +75,14 @@ def ddim(
     zero, one = np.zeros(rows), np.ones(rows)
     if bounds is None:  # columns x, o, c, z
         A = np.stack([scale_x0 * p + scale_eps * e, scale_x0 * q + scale_eps * f, zero, sigma], 1)
-        x_start = np.stack([p, q, zero], axis=1)
+        x_start = np.stack([p, q, zero, zero], axis=1)
     else:
         if use_clipped_model_output:  # epsilon = (x_t - alpha_t c) / sigma_t
             parts = [scale_eps / sigma_t, zero, scale_x0 - scale_eps * alpha_t / sigma_t, sigma]
         else:
             parts = [scale_eps * e, scale_eps * f, scale_x0, sigma]
         A = np.stack(parts, axis=1)
-        x_start = np.stack([zero, zero, one], axis=1)
+        x_start = np.stack([zero, zero, one, zero], axis=1)
     steps_streams = np.stack([np.arange(rows), np.full(rows, STREAM_STEP)], axis=1)
     return SolverPlan(
         name=f"DDIM{' reverse' if reverse else ''}, {rows} steps",

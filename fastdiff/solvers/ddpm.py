@@ -74,10 +74,10 @@ def ddpm(
     zero, one = np.zeros(rows), np.ones(rows)
     if bounds is None:  # columns x, o, c, z
         A = np.stack([c2 + c1 * p, c1 * q, zero, sigma], axis=1)
-        x_start = np.stack([p, q, zero], axis=1)
+        x_start = np.stack([p, q, zero, zero], axis=1)
     else:
         A = np.stack([c2, zero, c1, sigma], axis=1)
-        x_start = np.stack([zero, zero, one], axis=1)
+        x_start = np.stack([zero, zero, one, zero], axis=1)
     learned = variance == "learned_range"
     steps_streams = np.stack([np.arange(rows), np.full(rows, STREAM_STEP)], axis=1)
     return SolverPlan(

@@ -1,0 +1,12 @@
+"""Tracing: a sampler's own code, run once on linear forms, becomes a plan.
+
+linear_form  what stands for an image
+record       a recording: calls, draws, clamps and the forms between them
+realize      from a recording to the plan with the least history
+trace        schedulers and sampling functions of other projects
+"""
+
+from .linear_form import LinearForm, NotAffineError
+from .record import Recorder
+
+__all__ = ["LinearForm", "NotAffineError", "Recorder"]

@@ -1,0 +1,256 @@
+"""The recorder: a sampler written, or run, on linear forms, turned into a SolverPlan.
+
+    rec = Recorder("Euler, 20 steps")
+    x = rec.begin(scale=sigmas[0])
+    for i in range(20):
+        x, denoised = rec.call(x, t=sigmas[i])
+        rec.preview(denoised)
+        x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
+    plan = rec.finish(x)
+
+Forms of earlier calls may be kept and used later; which tensors carry them from call to call, and
+how few are enough, is worked out by fastdiff/tracing/realize.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from fastdiff.noise import STREAM_STEP, STREAM_STEP_SECOND
+from fastdiff.plan import SolverPlan
+from fastdiff.tracing.linear_form import CONSTANT, LinearForm, NotAffineError
+
+__all__ = ["Draw", "Recorder", "Row"]
+
+# Streams of the draws of one row, in order (fastdiff/noise.py); then any unused ones.
+STREAMS = (STREAM_STEP, STREAM_STEP_SECOND, 5, 6)
+
+
+@dataclass
+class Draw:
+    """A noise draw of a row: its variable, where seeded noise comes from, what upstream drew."""
+
+    variable: int
+    step: int
+    stream: int
+    dtype: torch.dtype | None = None
+    query: tuple[float, float] | None = None
+
+
+@dataclass
+class Clamp:
+    variable: int
+    form: LinearForm
+    lo: float
+    hi: float
+    thresholding: tuple[float, float] | None = None
+
+
+@dataclass
+class Row:
+    """What one model call and the arithmetic after it did."""
+
+    t: float
+    c_in: float
+    first: int  # variables from here on are this call's
+    seen: LinearForm  # what the model saw, before c_in, over variables of earlier calls
+    x: int | None  # the variable of the sample in an open loop
+    output: int
+    draws: list[Draw] = field(default_factory=list)
+    clamp: Clamp | None = None
+    preview: LinearForm | None = None
+    learned: tuple[float, float] | None = None
+    hints: list[LinearForm] = field(default_factory=list)
+
+
+class Recorder:
+    """Records one run of a sampler.
+
+    Args:
+        name, about: of the plan.
+        open_loop: the sample is a fresh variable at every call, since callers may change it
+            between calls. False when the sampler's own loop is traced, where they cannot.
+        draw_dtype: SolverPlan.draw_dtype.
+        shape: of the image that forms stand for; batch 1.
+        learned_variance: model outputs carry a variance in a second half of the channels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        about: dict[str, str] | None = None,
+        *,
+        open_loop: bool = True,
+        draw_dtype: str = "sample",
+        shape: Iterable[int] = (1, 3, 5, 7),
+        learned_variance: bool = False,
+        output_dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.name, self.about = name, dict(about or {})
+        self.open_loop, self.draw_dtype = open_loop, draw_dtype
+        self.shape = torch.Size(shape)
+        self.learned_variance = learned_variance
+        self.output_dtype = output_dtype
+        self.rows: list[Row] = []
+        self.names: list[str] = []
+        self.inputs: dict[str, int] = {}
+        self.initial_scale = 1.0
+        self.first_draws: list[Draw] = []
+        self.initial: LinearForm | None = None
+        self._halves: dict[int, LinearForm] = {}
+
+    # Variables.
+
+    def _variable(self, name: str) -> int:
+        self.names.append(name)
+        return len(self.names) - 1
+
+    def variable_name(self, key: int) -> str:
+        return "1" if key == CONSTANT else self.names[key]
+
+    def _form(self, key: int, dtype: torch.dtype = torch.float64) -> LinearForm:
+        return LinearForm(self, {key: 1.0}, dtype)
+
+    # The sampler's side.
+
+    def begin(self, scale: float = 1.0) -> LinearForm:
+        """x_T; `scale` is the standard deviation of the noise it is made from."""
+        if self.initial is not None:
+            raise ValueError("begin() was called before")
+        self.initial_scale = float(scale)
+        self.initial = self._form(self._variable("x_T"))
+        return self.initial
+
+    def input(self, name: str) -> LinearForm:
+        """A tensor that the caller supplies at every call."""
+        if name not in self.inputs:
+            self.inputs[name] = self._variable(name)
+        return self._form(self.inputs[name])
+
+    def call(self, x: LinearForm, t: float, c_in: float = 1.0) -> tuple[LinearForm, LinearForm]:
+        """A model call: returns the sample that it saw (a fresh variable in an open loop) and the
+        model's output."""
+        if self.initial is None:
+            raise ValueError("begin() must be called before call()")
+        i, first, seen = len(self.rows), len(self.names), x
+        if self.open_loop:
+            x = self._form(self._variable(f"x_{i}"), x.dtype)
+        output = self._variable(f"o_{i}")
+        own = first if self.open_loop else None
+        self.rows.append(Row(float(t), float(c_in), first, seen, own, output))
+        shape = self.shape
+        if self.learned_variance:
+            shape = torch.Size((shape[0], 2 * shape[1], *shape[2:]))
+        return x, LinearForm(self, {output: 1.0}, self.output_dtype, shape)
+
+    def noise(self) -> LinearForm:
+        """A standard normal draw of the last call."""
+        if not self.rows:
+            raise ValueError("noise() belongs to a call; before the first one use churn()")
+        return self._draw(len(self.rows) - 1, None, None)
+
+    def churn(self) -> LinearForm:
+        """A standard normal draw added to the sample before the coming call."""
+        i = len(self.rows)
+        draw = Draw(self._variable(f"churn_{i}"), i, STREAM_STEP_SECOND)
+        (self.rows[-1].draws if self.rows else self.first_draws).append(draw)
+        return self._form(draw.variable)
+
+    def drawn(
+        self, dtype: torch.dtype | None = None, query: tuple[float, float] | None = None
+    ) -> LinearForm:
+        """A draw that traced code makes, at any time."""
+        if self.rows:
+            return self._draw(len(self.rows) - 1, dtype, query)
+        draw = Draw(self._variable("churn_0"), 0, STREAM_STEP_SECOND, dtype, query)
+        self.first_draws.append(draw)
+        return self._form(draw.variable)
+
+    def _draw(
+        self, i: int, dtype: torch.dtype | None, query: tuple[float, float] | None
+    ) -> LinearForm:
+        row = self.rows[i]
+        taken = {draw.stream for draw in row.draws if draw.step == i}
+        stream = next((s for s in STREAMS if s not in taken), None)
+        if stream is None:
+            raise NotAffineError("noise", f"is drawn more than {len(STREAMS)} times in one step")
+        k = len(row.draws)
+        draw = Draw(self._variable(f"z_{i}.{k}"), i, stream, dtype, query)
+        row.draws.append(draw)
+        return self._form(draw.variable, dtype or torch.float64)
+
+    def clamp(self, form: LinearForm, lo: float, hi: float) -> LinearForm:
+        """clamp(form, lo, hi); one a call."""
+        return self._clamp(Clamp(-1, form, float(lo), float(hi)))
+
+    def threshold(self, form: LinearForm, ratio: float, largest: float) -> LinearForm:
+        """Dynamic thresholding of a form; see SolverPlan.thresholding."""
+        clamp = Clamp(-1, form, -float("inf"), float("inf"), (float(ratio), float(largest)))
+        return self._clamp(clamp)
+
+    def _clamp(self, clamp: Clamp) -> LinearForm:
+        if not self.rows:
+            raise NotAffineError("clamp", "before the first model call has no place in a plan")
+        row = self.rows[-1]
+        if row.clamp is not None:
+            old = row.clamp
+            same = (old.lo, old.hi, old.thresholding) == (clamp.lo, clamp.hi, clamp.thresholding)
+            if not same or old.form.terms != clamp.form.terms:
+                raise NotAffineError("clamp", "a second time in one step has no place in a plan")
+            return self._form(old.variable, clamp.form.dtype)
+        clamp.variable = self._variable(f"c_{len(self.rows) - 1}")
+        row.clamp = clamp
+        return self._form(clamp.variable, clamp.form.dtype)
+
+    def learned(self, z: LinearForm, half_log_min: float, half_log_max: float) -> LinearForm:
+        """z times exp(f half_log_max + (1 - f) half_log_min), f = (v + 1) / 2 with v the second
+        half of the model's channels (Nichol & Dhariwal 2021, eq. 15)."""
+        row = self.rows[-1]
+        scale = (float(half_log_min), float(half_log_max))
+        if row.learned not in (None, scale):
+            raise NotAffineError("exp", "of two variances in one step")
+        if not all(any(draw.variable == key for draw in row.draws) for key in z.terms):
+            raise NotAffineError("exp", "times anything but the step's noise is not affine")
+        row.learned = scale
+        return z
+
+    def halves(self, form: LinearForm) -> list[LinearForm]:
+        """Model output and variance of a model output with twice the channels."""
+        (key,) = form.terms
+        if key not in self._halves:
+            self._halves[key] = self._form(self._variable(f"v_{len(self.rows) - 1}"), form.dtype)
+        return [self._form(key, form.dtype), self._halves[key]]
+
+    def scaled_noise(self, exponent: LinearForm, z: LinearForm) -> LinearForm:
+        """exp(a v + b) z as a learned variance."""
+        variances = {next(iter(form.terms)) for form in self._halves.values()}
+        slope = sum(value for key, value in exponent.terms.items() if key in variances)
+        if set(exponent.terms) - variances - {CONSTANT}:
+            raise NotAffineError("exp", "of an image is not affine")
+        offset = exponent.terms.get(CONSTANT, 0.0)
+        return self.learned(z, offset - slope, offset + slope)
+
+    def preview(self, form: LinearForm) -> None:
+        """The denoised estimate of the last call."""
+        self.rows[-1].preview = form
+
+    def hint(self, forms: Iterable[LinearForm]) -> None:
+        """Tensors that the traced code keeps after the last call: natural history."""
+        self.rows[-1].hints = list(forms)
+
+    def finish(self, x: LinearForm) -> SolverPlan:
+        """The plan of what was recorded, with x the result."""
+        from fastdiff.tracing.realize import realize
+
+        if not self.rows:
+            raise ValueError("no model call was recorded")
+        return realize(self, x)
+
+
+def refuse_constant(form: LinearForm, what: str) -> None:
+    if CONSTANT in form.terms:
+        raise NotAffineError("add", f"of the constant {form.terms[CONSTANT]} to {what}")
+    return None

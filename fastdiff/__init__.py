@@ -23,10 +23,12 @@ from fastdiff.ops.reverse import ddim_sample, p_mean_variance, p_sample
 from fastdiff.plan import SolverPlan
 from fastdiff.run import Run
 from fastdiff.schedules import NoiseSchedule
+from fastdiff.tracing import NotAffineError, trace
 
 __all__ = [
     "BackendError",
     "NoiseSchedule",
+    "NotAffineError",
     "Run",
     "Sampler",
     "SolverPlan",
@@ -46,5 +48,6 @@ __all__ = [
     "sample",
     "schedules",
     "solvers",
+    "trace",
     "use_backend",
 ]

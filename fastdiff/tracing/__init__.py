@@ -8,5 +8,6 @@ trace        schedulers and sampling functions of other projects
 
 from .linear_form import LinearForm, NotAffineError
 from .record import Recorder
+from .trace import trace
 
-__all__ = ["LinearForm", "NotAffineError", "Recorder"]
+__all__ = ["LinearForm", "NotAffineError", "Recorder", "trace"]

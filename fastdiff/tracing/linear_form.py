@@ -119,13 +119,13 @@ class LinearForm:
             if other.dtype != dtype:
                 dtype = torch.promote_types(dtype, other.dtype)
             return LinearForm(self.recorder, terms, dtype, self.shape)
-        value = number(other, operation)
-        if value is None:
+        constant = number(other, operation)
+        if constant is None:
             raise NotAffineError(operation, f"with {type(other).__name__}")
-        if value == 0.0:
+        if constant == 0.0:
             return self
         terms = dict(self.terms)
-        terms[CONSTANT] = terms.get(CONSTANT, 0.0) + sign * value
+        terms[CONSTANT] = terms.get(CONSTANT, 0.0) + sign * constant
         return self._like(terms)
 
     def __mul__(self, other: Any) -> LinearForm:

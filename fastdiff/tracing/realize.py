@@ -211,7 +211,7 @@ def _basis(
         offer_natural(SEPARATE / 50)
     if len(chosen.basis) < count:  # whatever remains, orthonormal to the rest
         rest = np.array([chosen.residual(vector) for vector in space.basis])
-        _, sizes, directions = np.linalg.svd(rest, full_matrices=False)
+        _, _, directions = np.linalg.svd(rest, full_matrices=False)
         for direction in directions[: count - len(chosen.basis)]:
             new.append(chosen.sparse(direction / np.abs(direction).max()))
     return kept, new
@@ -270,11 +270,9 @@ class _Assembly:
             if row.clamp is not None:
                 P[i] = np.delete(self._row(i, row.clamp.form.terms), N + 1)
                 lo[i], hi[i] = row.clamp.lo, row.clamp.hi
-            preview = (
-                self._row(i, row.preview.terms, optional=True)
-                if row.preview is not None
-                else A[i, 0]
-            )
+            preview: FloatArray | None = A[i, 0]
+            if row.preview is not None:
+                preview = self._expressed(i, row.preview.terms)
             missing |= preview is None
             x_start[i] = 0.0 if preview is None else preview
             draws[i, :, 0] = i
@@ -282,6 +280,7 @@ class _Assembly:
                 draws[i, k], drawn[i, k] = (draw.step, draw.stream), True
             if row.learned is not None:
                 half_log[:, i] = row.learned
+        snr = np.array([row.snr for row in rows])
         clamped = any(row.clamp is not None for row in rows)
         learned = any(row.learned is not None for row in rows)
         kinds = {row.clamp.thresholding for row in rows if row.clamp is not None}
@@ -302,10 +301,17 @@ class _Assembly:
             drawn=None if (drawn == used).all() else drawn,
             half_log_variance_min=half_log[0] if learned else None,
             half_log_variance_max=half_log[1] if learned else None,
+            snr=snr if snr.any() else None,
         )  # fmt: skip
 
-    def _row(self, i: int, terms: Terms, optional: bool = False) -> FloatArray | None:
+    def _row(self, i: int, terms: Terms) -> FloatArray:
         """Coefficients of a functional over S, o, c, z of row i."""
+        coefficients = self._expressed(i, terms)
+        if coefficients is None:
+            raise AssertionError(f"{self.recorder.name}: row {i} is not in the span of its history")
+        return coefficients
+
+    def _expressed(self, i: int, terms: Terms) -> FloatArray | None:
         row = self.recorder.rows[i]
         N = self.states
         coefficients = np.zeros(N + 2 + max(len(r.draws) for r in self.recorder.rows))
@@ -332,9 +338,7 @@ class _Assembly:
             sources[0] = row.seen.terms
         solved = _solve(past, sources)
         if solved is None:
-            if optional:
-                return None
-            raise AssertionError(f"{self.recorder.name}: row {i} is not in the span of its history")
+            return None
         for k, value in solved.items():
             coefficients[k] += value
         return coefficients

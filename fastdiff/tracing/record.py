@@ -14,6 +14,8 @@ how few are enough, is worked out by fastdiff/tracing/realize.py.
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -63,6 +65,8 @@ class Row:
     clamp: Clamp | None = None
     preview: LinearForm | None = None
     learned: tuple[float, float] | None = None
+    snr: float = 0.0
+    corrected: LinearForm | None = None
     hints: list[LinearForm] = field(default_factory=list)
 
 
@@ -101,6 +105,8 @@ class Recorder:
         self.first_draws: list[Draw] = []
         self.initial: LinearForm | None = None
         self._halves: dict[int, LinearForm] = {}
+        self._times: list[float] = []  # of the Brownian motion, and its increment after each
+        self._increments: dict[float, LinearForm] = {}
 
     # Variables.
 
@@ -217,12 +223,64 @@ class Recorder:
         row.learned = scale
         return z
 
+    def corrector(self, x: LinearForm, g: LinearForm, snr: float) -> LinearForm:
+        """x + eps g + sqrt(2 eps) z with eps = 2 (snr ||z|| / ||g||)^2, which is measured when the
+        plan runs (Song et al. 2021, algorithms 4 and 5; fastdiff/ops/corrector.py).
+
+        g is a multiple of the last call's output and x does not contain it; the result is what the
+        next call sees, as it is.
+        """
+        row = self.rows[-1]
+        if row.snr or not snr > 0:
+            raise ValueError(f"snr must be > 0, one corrector a call, not {snr}")
+        if set(g.terms) != {row.output} or row.output in x.terms:
+            raise NotAffineError("corrector", "takes a multiple of the output of this call")
+        row.snr, row.corrected = float(snr), x + g + self.noise()
+        return row.corrected
+
     def halves(self, form: LinearForm) -> list[LinearForm]:
         """Model output and variance of a model output with twice the channels."""
         (key,) = form.terms
         if key not in self._halves:
             self._halves[key] = self._form(self._variable(f"v_{len(self.rows) - 1}"), form.dtype)
         return [self._form(key, form.dtype), self._halves[key]]
+
+    def brownian(self, begin: float, end: float) -> LinearForm:
+        """(W(end) - W(begin)) / sqrt(|end - begin|) of one Brownian motion per recording.
+
+        Independent draws become its increments: what a new interval does not know yet is drawn,
+        inside of a known one by the Brownian bridge.
+        """
+        low, high = sorted((float(begin), float(end)))
+        if low == high:
+            raise ValueError(f"begin and end must differ, not {begin}")
+        for time in (low, high):
+            self._know(time)
+        total: LinearForm | None = None
+        for a, b in zip(self._times, self._times[1:], strict=False):
+            if low <= a and b <= high:
+                part = self._increments[a]
+                total = part if total is None else total + part
+        assert total is not None
+        sign = 1.0 if end > begin else -1.0
+        return total * (sign / math.sqrt(high - low))
+
+    def _know(self, time: float) -> None:
+        """Makes `time` an end of increments of the Brownian motion."""
+        times, known = self._times, self._increments
+        if time in times:
+            return
+        k = bisect.bisect(times, time)
+        times.insert(k, time)
+        if 0 < k < len(times) - 1:
+            a, b = times[k - 1], times[k + 1]
+            share, whole = (time - a) / (b - a), known[a]
+            bridge = self.drawn() * math.sqrt(share * (b - time))
+            known[a] = whole * share + bridge
+            known[time] = whole * (1 - share) - bridge
+        elif len(times) > 1:
+            a, b = (times[0], times[1]) if k == 0 else (times[-2], times[-1])
+            known[a] = self.drawn() * math.sqrt(b - a)
 
     def scaled_noise(self, exponent: LinearForm, z: LinearForm) -> LinearForm:
         """exp(a v + b) z as a learned variance."""
@@ -247,10 +305,8 @@ class Recorder:
 
         if not self.rows:
             raise ValueError("no model call was recorded")
+        results = [row.seen for row in self.rows[1:]] + [x]
+        for row, result in zip(self.rows, results, strict=True):
+            if row.corrected is not None and row.corrected.terms != result.terms:
+                raise NotAffineError("corrector", "must be the last thing that a call does")
         return realize(self, x)
-
-
-def refuse_constant(form: LinearForm, what: str) -> None:
-    if CONSTANT in form.terms:
-        raise NotAffineError("add", f"of the constant {form.terms[CONSTANT]} to {what}")
-    return None

@@ -94,6 +94,7 @@ def trace_scheduler(
     timesteps: Iterable[Any],
     step_options: Mapping[str, Any] | None = None,
     *,
+    exact_tables: bool = False,
     fed: bool = False,
     learned_variance: bool | None = None,
     queries: dict[tuple[int, int], tuple[float, float]] | None = None,
@@ -103,6 +104,8 @@ def trace_scheduler(
     Args:
         timesteps: those that will be stepped, in order.
         step_options: further arguments of step().
+        exact_tables: the scheduler's float32 tables are widened to float64 before it computes with
+            them; else numbers are computed as upstream does, rounding included.
         fed: draws of Brownian trees will be supplied by the caller, a draw a query; otherwise they
             become independent draws with the weights in the rows.
         learned_variance: model outputs have twice the channels (default: as configured).
@@ -117,7 +120,8 @@ def trace_scheduler(
     recorder = Recorder(
         f"{name}, {len(timesteps)} calls", _about(config), learned_variance=learned_variance
     )
-    _in_float64(scheduler)
+    if exact_tables:
+        _in_float64(scheduler)
     if config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
         ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         scheduler._threshold_sample = lambda form: recorder.threshold(form, ratio, largest)
@@ -139,7 +143,7 @@ def trace_scheduler(
             row = recorder.rows[-1]
             if hasattr(scheduler, "scale_model_input"):
                 row.c_in = _scale(recorder, scheduler.scale_model_input(x, t))
-            results = scheduler.step(output, t, x, **options)
+            results: tuple[Any, ...] = scheduler.step(output, t, x, **options)
             x = results[0]
             if len(results) > 1 and isinstance(results[1], LinearForm):
                 recorder.preview(results[1])
@@ -229,7 +233,7 @@ class _Observe(TorchFunctionMode):
 
 
 class _Intercept(TorchFunctionMode):
-    """For this thread only: random images become draws, numbers become float64 tensors."""
+    """For this thread only: random images become draws."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -245,11 +249,6 @@ class _Intercept(TorchFunctionMode):
                 return self.recorder.drawn(kwargs.get("dtype") or torch.get_default_dtype())
         elif func in _RANDOM:
             raise NotAffineError(f"torch.{func.__name__}", "is not a normal draw")
-        elif func is torch.tensor and "dtype" not in kwargs:
-            made = func(*args, **kwargs)
-            if made.dtype != torch.get_default_dtype():
-                return made
-            return func(*args, **kwargs, dtype=torch.float64)
         return func(*args, **kwargs)
 
 

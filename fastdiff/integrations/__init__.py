@@ -1,0 +1,1 @@
+"""Drop-ins for other projects' samplers, one module each, imported only when asked for."""

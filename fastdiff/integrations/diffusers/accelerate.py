@@ -1,0 +1,182 @@
+"""accelerate(): the subclass that stands in for a diffusers scheduler."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.stepping import Options, Stepper
+
+__all__ = ["accelerate"]
+
+X = TypeVar("X")
+log = logging.getLogger("fastdiff")
+
+_STEPPER, _OPTIONS = "_fastdiff_stepper", "_fastdiff_options"
+
+
+def accelerate(
+    x: X,
+    *,
+    seed: int | Tensor | None = None,
+    sample_offset: int = 0,
+    float32_latents: bool = False,
+    outputs_are_fresh: bool = False,
+    backend: str | None = None,
+) -> X:
+    """A scheduler, scheduler class or pipeline of diffusers whose steps are one fused pass each.
+
+        pipe.scheduler = accelerate(pipe.scheduler)
+
+    The result is a subclass with the same name, configuration, signatures and results: numbers,
+    dtypes and random draws are upstream's own. Its steps are traced when a run begins (see
+    fastdiff.trace); a scheduler or an argument that cannot be traced runs upstream's own step, and
+    that is logged once.
+
+    Args:
+        x: an instance (it is not changed; the result shares its tables), a class, or a pipeline,
+            whose schedulers are replaced.
+        seed, sample_offset: noise by fastdiff's contract (fastdiff/noise.py) instead of a
+            generator's: the same for any batch size and device, made inside the step. A
+            generator given to step is then not used.
+        float32_latents: keep the sample in float32 between steps; what step returns is rounded
+            from it in the same pass. As long as the caller hands back what it was given, low
+            precision costs one rounding of the model's input and no more.
+        outputs_are_fresh: the model never writes again to an output it has returned (no CUDA
+            graph replays into the same memory): history that is an output is kept, not copied.
+        backend: "reference", "native" or "triton"; default the best for the device.
+
+    Raises:
+        TypeError: x is none of these.
+    """
+    options = Options(seed, sample_offset, float32_latents, outputs_are_fresh, backend)
+    if inspect.isclass(x) and issubclass(x, SchedulerMixin):
+        return cast(X, _subclass(x, options))
+    if isinstance(x, DiffusionPipeline):
+        pipeline: Any = x
+        for name, component in pipeline.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(x, name, _instance(component, options))
+        return x
+    if isinstance(x, SchedulerMixin):
+        return cast(X, _instance(x, options))
+    kind = x.__name__ if inspect.isclass(x) else type(x).__name__
+    raise TypeError(f"x must be a scheduler, a scheduler class or a pipeline of diffusers: {kind}")
+
+
+class Accelerated:
+    """What every accelerated scheduler is, beside a scheduler of its upstream class."""
+
+    _fastdiff_upstream: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: v for name, v in vars(self).items() if name != _STEPPER}
+        return _rebuilt, (self._fastdiff_upstream, _options(self), state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        state = {name: v for name, v in vars(self).items() if name != _STEPPER}
+        return _rebuilt(self._fastdiff_upstream, _options(self), copy.deepcopy(state, memo))
+
+
+def _options(scheduler: Any) -> Options:
+    options: Options = getattr(scheduler, _OPTIONS)
+    return options
+
+
+def _rebuilt(upstream: type, options: Options, state: dict[str, Any]) -> Any:
+    cls: Any = _subclass(upstream, options)
+    scheduler = cls.__new__(cls)
+    vars(scheduler).update(state)
+    return scheduler
+
+
+def _instance(scheduler: Any, options: Options) -> Any:
+    upstream = _upstream_of(type(scheduler))
+    state = {name: v for name, v in vars(scheduler).items() if name != _STEPPER}
+    return _rebuilt(upstream, options, state)
+
+
+def _upstream_of(cls: type) -> type:
+    return cls._fastdiff_upstream if issubclass(cls, Accelerated) else cls
+
+
+def _subclass(cls: type, options: Options) -> type:
+    upstream = _upstream_of(cls)
+    key = (upstream, _hashable(options))
+    if key not in _subclasses:
+        _subclasses[key] = _make(upstream, options)
+    return _subclasses[key]
+
+
+_subclasses: dict[Any, type] = {}
+
+
+def _hashable(options: Options) -> Any:
+    seed = options.seed
+    if isinstance(seed, torch.Tensor):
+        seed = (str(seed.device), *seed.tolist())  # type: ignore[assignment]
+    return (seed, options.sample_offset, options.float32_latents, options.outputs_are_fresh,
+            options.backend)  # fmt: skip
+
+
+def _make(upstream: Any, options: Options) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": upstream.__module__,
+        "__qualname__": upstream.__qualname__,
+        "__doc__": upstream.__doc__,
+        "_fastdiff_upstream": upstream,
+        _OPTIONS: options,
+    }
+    first = ("self", "model_output", "timestep", "sample")
+    names = tuple(inspect.signature(upstream.step).parameters) if hasattr(upstream, "step") else ()
+    if names[:4] == first and hasattr(upstream, "set_timesteps"):
+        namespace["step"] = _step(upstream, names[4:])
+        for name in ("set_timesteps", "set_begin_index"):
+            if hasattr(upstream, name):
+                namespace[name] = _resetting(getattr(upstream, name))
+    else:
+        log.warning("%s runs on its own step: its arguments are its own", upstream.__name__)
+    return type(upstream.__name__, (Accelerated, upstream), namespace)
+
+
+def _step(upstream: Any, others: tuple[str, ...]) -> Callable[..., Any]:
+    @functools.wraps(upstream.step)
+    def step(
+        self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if args:
+            if len(args) > len(others):
+                raise TypeError(f"step takes at most {3 + len(others)} arguments")
+            kwargs.update(zip(others, args, strict=False))
+        for name in kwargs:
+            if name not in others:
+                raise TypeError(f"step() got an unexpected keyword argument {name!r}")
+        return _stepper(self).step(model_output, timestep, sample, kwargs)
+
+    return step
+
+
+def _stepper(scheduler: Any) -> Stepper:
+    stepper: Stepper | None = vars(scheduler).get(_STEPPER)
+    if stepper is None or stepper.scheduler is not scheduler:
+        stepper = Stepper(scheduler, scheduler._fastdiff_upstream, _options(scheduler))
+        vars(scheduler)[_STEPPER] = stepper
+    return stepper
+
+
+def _resetting(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        vars(self).pop(_STEPPER, None)
+        return result
+
+    return wrapper

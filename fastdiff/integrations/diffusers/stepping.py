@@ -1,0 +1,391 @@
+"""One accelerated scheduler's run: which plan, which row, which noise, which dtypes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.identity import Cache, digest
+from fastdiff.integrations.diffusers.observe import Observed, observe
+from fastdiff.ops.checks import FLOATING
+from fastdiff.plan import SolverPlan
+from fastdiff.run import Run
+from fastdiff.tracing.trace import trace_scheduler
+
+__all__ = ["Options", "Stepper"]
+
+log = logging.getLogger("fastdiff")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What accelerate() was asked for."""
+
+    seed: int | Tensor | None = None
+    sample_offset: int = 0
+    float32_latents: bool = False
+    outputs_are_fresh: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A scheduler's plan from one position on, or the reason why there is none.
+
+    Attributes:
+        queries: (begin, end) that a Brownian tree is asked for, by (row, draw).
+        observed: what upstream's step does with dtypes, by dtypes and kinds of argument.
+    """
+
+    plan: SolverPlan | None
+    reason: str = ""
+    queries: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    observed: dict[tuple[Any, ...], Observed] = field(default_factory=dict)
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether rows may be stepped in any order."""
+        return self.plan is not None and self.plan.states == 1
+
+
+_traced: Cache[Traced] = Cache(256)
+_said: set[tuple[type, str]] = set()
+
+
+class Stepper:
+    """The steps of one scheduler object.
+
+    A run begins at the first step after set_timesteps(): the scheduler's own code is traced from
+    there on (or its plan found in the cache) and every step is a row of the plan. What cannot be
+    traced runs on upstream's own step from the start.
+
+    Args:
+        scheduler: the accelerated object, whose attributes say where it stands.
+        upstream: its class in diffusers.
+    """
+
+    def __init__(self, scheduler: Any, upstream: Any, options: Options) -> None:
+        self.scheduler, self.upstream, self.options = scheduler, upstream, options
+        # Whether upstream counts its steps or goes by the value of the timestep.
+        self.counted = "_step_index" in vars(scheduler)
+        self.reset()
+
+    def reset(self) -> None:
+        """Before the next step a new run begins."""
+        self.run: Run | None = None
+        self.traced: Traced | None = None
+        self.begin = 0
+        self._settings: dict[str, Any] = {}
+        self._timesteps: Tensor | None = None
+        self._values: list[float] = []
+        self._foreign: list[Any] = []  # timesteps that set_timesteps() did not make
+        self._digest: str | None = None
+        self._last: Tensor | None = None
+        self._only_upstream = ""
+
+    def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
+        """What the scheduler's step returns for its own arguments, defaults left out."""
+        scheduler = self.scheduler
+        upstream_arguments = dict(arguments)
+        return_dict = arguments.pop("return_dict", True)
+        generator = arguments.pop("generator", None)
+        given = arguments.pop("variance_noise", None)
+        reason = self._only_upstream or _unfit(output, sample, arguments)
+        row = 0
+        if not reason:
+            row = self._row(output, timestep, sample, arguments)
+            assert self.traced is not None
+            reason = self.traced.reason
+        if reason:
+            return self._upstream_step(output, timestep, sample, upstream_arguments, reason)
+        traced = self.traced
+        assert traced is not None and traced.plan is not None
+        run, plan = self.run, traced.plan
+        observed = self._observed(output, timestep, sample)
+        if run is None or run.index != row or run.x.shape != sample.shape:
+            run = self._start(row, output, sample, observed)
+        noise = None
+        if self.options.seed is None and plan.n_draws:
+            noise = self._noise(row, output, timestep, sample, generator, given, observed)
+        dtypes = observed.result_dtypes
+        if self.options.float32_latents:
+            result = self._master_step(run, output, sample, noise, dtypes)
+        else:
+            result = run.step(
+                output, sample, noise=noise, result_dtype=dtypes[0], preview_dtype=dtypes[-1]
+            )
+        if self.counted:
+            scheduler._step_index = self.begin + row + 1
+        results = (result,) if len(dtypes) == 1 else (result, run.x_start)
+        if not return_dict or observed.output_class is None:
+            return results
+        return observed.output_class(**dict(zip(observed.fields, results, strict=True)))
+
+    # Which row.
+
+    def _row(self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]) -> int:
+        """The row of this step, after beginning a run where one begins; nothing else changes."""
+        scheduler, traced = self.scheduler, self.traced
+        if self.counted:
+            position = scheduler._step_index
+            if position is None:
+                _check_shapes(output, sample)
+                self.upstream._init_step_index(scheduler, timestep)
+                position, traced = scheduler._step_index, None
+        else:
+            position = self._position(timestep)
+        if traced is None:
+            return self._begin(position, output, sample, arguments)
+        row = position - self.begin
+        expected = 0 if self.run is None else self.run.index
+        if (row == expected and arguments == self._settings) or traced.plan is None:
+            return row
+        if traced.memoryless:
+            if arguments == self._settings and 0 <= row < traced.plan.rows:
+                return row
+            return self._begin(position, output, sample, arguments)
+        name = self.upstream.__name__
+        if row != expected:
+            raise ValueError(
+                f"timestep {timestep} is step {row} of this run, but step {expected} of "
+                f"{traced.plan.rows} follows: {name} carries history, so its steps must follow the "
+                "order of set_timesteps()"
+            )
+        raise ValueError(
+            f"step was given {arguments} after {self._settings}: {name} carries history, so the "
+            "arguments must stay the same until set_timesteps()"
+        )
+
+    def _position(self, timestep: Any) -> int:
+        """Where a timestep stands in scheduler.timesteps, read from a device only if it must be."""
+        timesteps: Tensor = self.scheduler.timesteps
+        if timesteps is not self._timesteps:
+            self._timesteps, self._values = timesteps, timesteps.tolist()
+        if isinstance(timestep, Tensor) and timestep.numel() == 1:
+            offset = timestep.data_ptr() - timesteps.data_ptr()
+            position = offset // timesteps.element_size()
+            alike = timestep.dtype == timesteps.dtype and timestep.device == timesteps.device
+            if alike and 0 <= position < len(self._values):
+                return position
+        value = float(timestep)
+        expected = self.begin + (0 if self.run is None else self.run.index)
+        if 0 <= expected < len(self._values) and self._values[expected] == value:
+            return expected
+        if value in self._values:
+            return self._values.index(value)
+        if value not in self._foreign:
+            self._foreign.append(value)
+        return -1 - self._foreign.index(value)
+
+    # The beginning of a run.
+
+    def _begin(
+        self, position: int, output: Tensor, sample: Tensor, arguments: dict[str, Any]
+    ) -> int:
+        _check_shapes(output, sample)
+        if self._digest is None:
+            self._digest = digest(self.scheduler)
+        at: Any = position if position >= 0 else ("t", self._foreign[-1 - position])
+        doubled = output.shape != sample.shape
+        key = (
+            self.upstream, self._digest, at, tuple(sorted(arguments.items())), doubled,
+            self.options.seed is None, self.options.float32_latents,
+        )  # fmt: skip
+        traced = _traced.get(key)
+        if traced is None:
+            traced = _traced.put(key, self._trace(position, arguments, doubled))
+        self.traced, self.begin, self._settings, self.run = traced, position, arguments, None
+        return 0
+
+    def _trace(self, position: int, arguments: dict[str, Any], doubled: bool) -> Traced:
+        queries: dict[tuple[int, int], tuple[float, float]] = {}
+        try:
+            plan = trace_scheduler(
+                self._shadow(position), self._timesteps_from(position), arguments,
+                fed=self.options.seed is None, learned_variance=doubled, queries=queries,
+            )  # fmt: skip
+        except Exception as error:
+            # Whatever upstream's code does on forms, its own step on images is the answer.
+            return Traced(None, f"{type(error).__name__}: {error}")
+        if "preview" in plan.about:
+            return Traced(None, f"its second result {plan.about['preview']}")
+        if self.options.float32_latents:
+            plan = replace(plan, c_in=None, first_c_in=1.0)
+        return Traced(plan, "", queries)
+
+    def _timesteps_from(self, position: int) -> list[Tensor]:
+        timesteps: Tensor = self.scheduler.timesteps.cpu()
+        if position >= 0:
+            return list(timesteps[position:])
+        return [torch.tensor(self._foreign[-1 - position]).to(timesteps.dtype)]
+
+    def _shadow(self, position: int) -> Any:
+        """A copy of the scheduler as it stands before the run, to be used up."""
+        shadow = copy.copy(self.scheduler)
+        shadow.__class__ = self.upstream
+        for name, value in list(vars(shadow).items()):
+            if name.startswith("_fastdiff"):
+                del vars(shadow)[name]
+            elif isinstance(value, list):
+                vars(shadow)[name] = list(value)
+            elif isinstance(value, Tensor):
+                vars(shadow)[name] = value.cpu()
+        if self.counted:
+            shadow._step_index, shadow._begin_index = None, position
+        return shadow
+
+    def _observed(self, output: Tensor, timestep: Any, sample: Tensor) -> Observed:
+        assert self.traced is not None and self.traced.plan is not None
+        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        key = (sample.dtype, output.dtype, sample.dim(), kind)
+        observed = self.traced.observed.get(key)
+        if observed is None:
+            timesteps = self._timesteps_from(self.begin)
+            first = timestep.cpu() if isinstance(timestep, Tensor) else timestep
+            observed = observe(
+                self._shadow(self.begin), [first, *timesteps[1:]], sample, output, self._settings,
+                bool(self.traced.plan.consumes.any()),
+            )  # fmt: skip
+            self.traced.observed[key] = observed
+        return observed
+
+    def _start(self, row: int, output: Tensor, sample: Tensor, observed: Observed) -> Run:
+        traced, options = self.traced, self.options
+        assert traced is not None and traced.plan is not None
+        if row and not traced.memoryless:
+            assert self.run is not None
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}, but this run began with "
+                f"{tuple(self.run.x.shape)}"
+            )
+        dtype = torch.promote_types(sample.dtype, output.dtype)
+        kinds: dict[str, Any] = {
+            "outputs_are_fresh": options.outputs_are_fresh, "backend": options.backend,
+            "preview": len(observed.result_dtypes) > 1,
+        }  # fmt: skip
+        if options.seed is not None:
+            kinds |= {"seed": options.seed, "sample_offset": options.sample_offset}
+        elif traced.plan.draws_noise.any():
+            kinds["noise"] = _handed
+        if options.float32_latents:
+            kinds["model_dtype"] = observed.result_dtypes[0]
+            run = Run(traced.plan, sample.to(torch.promote_types(dtype, torch.float32)), **kinds)
+        else:
+            run = Run(traced.plan, sample, borrow=True, dtype=dtype, **kinds)
+        run.index = row
+        self.run = run
+        return run
+
+    # The parts of a step.
+
+    def _master_step(
+        self,
+        run: Run,
+        output: Tensor,
+        sample: Tensor,
+        noise: list[Tensor] | None,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> Tensor:
+        """The run keeps the sample in float32; the caller gets it rounded, from the same pass."""
+        changed = None if sample is self._last else sample.to(run.x.dtype)
+        run.renew_input()
+        result = run.step(output, changed, noise=noise, preview_dtype=dtypes[-1])
+        self._last = result if run.model_input.dtype == result.dtype else run.model_input
+        return self._last
+
+    def _noise(
+        self,
+        row: int,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any,
+        given: Tensor | None,
+        observed: Observed,
+    ) -> list[Tensor]:
+        """The draws of a row as upstream makes them: its dtype, its generator, its order."""
+        assert self.traced is not None and self.traced.plan is not None
+        draws = []
+        for k, consumed in enumerate(self.traced.plan.consumes[row]):
+            if not consumed:
+                draws.append(sample)  # not read
+            elif (row, k) in self.traced.queries:
+                tree = self._tree(output, timestep, sample, generator)
+                draws.append(tree(*self.traced.queries[row, k]).to(sample.device))
+            elif given is not None:
+                if generator is not None:
+                    raise ValueError("generator and variance_noise exclude each other")
+                draws.append(given.to(sample.device, observed.draw_dtype))
+            else:
+                draws.append(
+                    randn_tensor(
+                        sample.shape, generator=generator, device=output.device,
+                        dtype=observed.draw_dtype,
+                    )
+                )  # fmt: skip
+        return draws
+
+    def _tree(self, output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> Any:
+        """Upstream's Brownian tree, made by its own step the way it makes it."""
+        scheduler = self.scheduler
+        if scheduler.noise_sampler is None:
+            shadow = self._shadow(self.begin)
+            shadow.noise_sampler = None
+            arguments = {} if generator is None else {"generator": generator}
+            shadow.scale_model_input(sample, timestep)
+            self.upstream.step(shadow, output, timestep, sample, **arguments)
+            scheduler.noise_sampler = shadow.noise_sampler
+        return scheduler.noise_sampler
+
+    def _upstream_step(
+        self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any], reason: str
+    ) -> Any:
+        """Upstream's own step, from here to the end of the run."""
+        traced = self.traced
+        if self.run is not None and self.run.index and traced is not None:
+            if not traced.memoryless:
+                raise ValueError(
+                    f"{reason}, but {self.upstream.__name__} carries history in this run; such "
+                    "steps must begin right after set_timesteps()"
+                )
+        else:
+            self._only_upstream = reason
+        if (self.upstream, reason) not in _said:
+            _said.add((self.upstream, reason))
+            log.warning("%s runs on its own step: %s", self.upstream.__name__, reason)
+        return self.upstream.step(self.scheduler, output, timestep, sample, **arguments)
+
+
+def _handed(row: int, draw: int) -> Tensor:
+    raise AssertionError("the draws are given to every step")
+
+
+def _unfit(output: Any, sample: Any, arguments: dict[str, Any]) -> str:
+    """Why the arguments of a step are not those of a plan: two tensors of images and numbers."""
+    if not isinstance(output, Tensor) or not isinstance(sample, Tensor):
+        return "model_output or sample is not a tensor"
+    for name, value in arguments.items():
+        if not isinstance(value, int | float | str | None):
+            return f"{name} is a {type(value).__name__}"
+    if output.dtype not in FLOATING or sample.dtype not in FLOATING:
+        return "model_output or sample is not a floating-point tensor"
+    if output.dtype != sample.dtype and torch.float64 in (output.dtype, sample.dtype):
+        return f"model_output is {output.dtype} and sample {sample.dtype}"
+    return ""
+
+
+def _check_shapes(output: Tensor, sample: Tensor) -> None:
+    shape = output.shape
+    if shape != sample.shape and (
+        sample.dim() < 2 or shape != (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
+    ):
+        raise ValueError(
+            f"model_output has shape {tuple(shape)}, which does not go with sample of "
+            f"{tuple(sample.shape)}"
+        )

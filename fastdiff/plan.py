@@ -68,6 +68,10 @@ class SolverPlan:
         half_log_variance_min, half_log_variance_max: (R,) bounds of learned-range variance, halved:
             the noise coefficient is multiplied by exp(f * max + (1 - f) * min), f = (v + 1) / 2.
             None when the model does not predict its variance.
+        snr: (R,) signal-to-noise ratio r of the rows that are Langevin corrector steps, 0 for
+            ordinary rows; see fastdiff/ops/corrector.py. In a corrector row the coefficients of o
+            and z in A[i, 0] are multiplied by eps and sqrt(2 eps) with
+            eps = 2 (r ||z|| / ||A[i, 0, o] o||)^2, measured on the device at every step.
         about: what it was built from (strings), printed and saved, not compared.
     """
 
@@ -89,6 +93,7 @@ class SolverPlan:
     draw_dtype: str = "sample"
     half_log_variance_min: FloatArray | None = None
     half_log_variance_max: FloatArray | None = None
+    snr: FloatArray | None = None
     about: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +120,7 @@ class SolverPlan:
             "A": (rows, states, columns), "x_start": (rows, columns), "t": (rows,),
             "draws": (rows, draws, 2), "P": (rows, columns - 1), "lo": (rows,), "hi": (rows,),
             "c_in": (rows,), "drawn": (rows, draws), "half_log_variance_min": (rows,),
-            "half_log_variance_max": (rows,),
+            "half_log_variance_max": (rows,), "snr": (rows,),
         }  # fmt: skip
         if draws < 0:
             raise ValueError(f"A must be (R, N, N+2+D) with D >= 0, not {self.A.shape}")
@@ -155,6 +160,7 @@ class SolverPlan:
                 f"draw_dtype must be one of {', '.join(DRAW_DTYPES)}, not {self.draw_dtype!r}"
             )
         self._check_history()
+        self._check_correctors()
 
     def _check_history(self) -> None:
         """Refuses rows that read a state before any row has written it."""
@@ -177,6 +183,17 @@ class SolverPlan:
                     f"A reads state {int(np.argmax(unknown))} at row {i}, before any row wrote it"
                 )
             known = self.A[i].any(axis=1) & (known | ~kept)
+
+    def _check_correctors(self) -> None:
+        if self.snr is None:
+            return
+        if (self.snr < 0).any() or self.learned:
+            raise ValueError("snr must be >= 0, in a plan without learned variance")
+        rows = self.A[self.snr > 0, 0]
+        if (rows[:, self.states] == 0).any() or (
+            (rows[:, self.states + 2 :] != 0).sum(axis=1) != 1
+        ).any():
+            raise ValueError("snr: a corrector row must use the model output and one draw")
 
     # Sizes and structure.
 
@@ -320,6 +337,9 @@ class SolverPlan:
             kinds.append("clamped" if self.thresholding is None else "dynamic thresholding")
         if self.learned:
             kinds.append("learned variance")
+        if self.snr is not None:
+            correctors = np.count_nonzero(self.snr)
+            kinds.append(f"{correctors} Langevin corrector steps (norms, noise as a tensor: +16 B)")
         lines = [
             f"{self.name}: {', '.join(kinds)}",
             "B/elt: bytes per element for float32, noise made in the kernel; fresh: when the "
@@ -354,7 +374,7 @@ class SolverPlan:
 
 _ARRAYS = (
     "A", "x_start", "t", "draws", "P", "lo", "hi", "c_in", "drawn", "half_log_variance_min",
-    "half_log_variance_max",
+    "half_log_variance_max", "snr",
 )  # fmt: skip
 _SCALARS = (
     "first_c_in", "initial_scale", "first_churn", "inputs", "thresholding", "draw_dtype",

@@ -20,6 +20,7 @@ from fastdiff.ops.call import (
     written,
 )
 from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
+from fastdiff.ops.corrector import corrector_table, seeded_draws
 from fastdiff.ops.quantile import threshold_of
 from fastdiff.ops.step import HEADER, StepSpec
 from fastdiff.plan import SolverPlan
@@ -65,11 +66,13 @@ class Run:
         in_place: bool = False,
         outputs_are_fresh: bool = False,
         borrow: bool = False,
+        dtype: torch.dtype | None = None,
         fast: bool = False,
         backend: str | None = None,
     ) -> None:
         """See Sampler.start. With borrow=True the sample stays the caller's: x is not copied, every
-        step is given the sample to start from, and neither is kept or written to."""
+        step is given the sample to start from, and neither is kept or written to; `dtype` is then
+        that of the history and, unless a step says otherwise, of the results."""
         if not isinstance(plan, SolverPlan):
             raise TypeError(f"plan must be a SolverPlan, not {type(plan).__name__}")
         check_sample("x", x)
@@ -81,7 +84,8 @@ class Run:
         self.x_start: Tensor | None = None
         self._preview, self._borrow, self._backend = preview, borrow, backend
         batch, device = x.shape[0], x.device
-        compute = compute_dtype(x.dtype)
+        self._dtype = (dtype if borrow else None) or x.dtype
+        compute = compute_dtype(self._dtype)
         model_dtype = model_dtype or x.dtype
         for name, dtype in (("model_dtype", model_dtype), ("noise_dtype", noise_dtype or x.dtype)):
             check_floating(name, dtype)
@@ -112,7 +116,6 @@ class Run:
         self._output_shape = (copies * batch, *x.shape[1:])
         if plan.learned:
             self._output_shape = (copies * batch, 2 * x.shape[1], *x.shape[2:])
-        self._dtype = x.dtype
         self._states: States = [x, *[None] * (plan.states - 1)]
         if plan.first_churn:
             self._churn(plan.first_churn, fast)
@@ -191,6 +194,11 @@ class Run:
     def model_input(self) -> Tensor:
         return self.x if self._input is None else self._input
 
+    def renew_input(self) -> None:
+        """The coming step leaves the next model input in new memory: the last stays as it is."""
+        if self._input is not None:
+            self._input = torch.empty_like(self._input)
+
     def step(
         self,
         output: Tensor,
@@ -198,6 +206,7 @@ class Run:
         *,
         noise: Sequence[Tensor] | None = None,
         result_dtype: torch.dtype | None = None,
+        preview_dtype: torch.dtype | None = None,
         **inputs: Tensor,
     ) -> Tensor:
         """Advances by one model call and returns the new sample.
@@ -208,7 +217,7 @@ class Run:
             x: the sample to step from when something changed it since the last step (a mask of
                 inpainting, a projection): (B, ...), copied unless the run borrows samples.
             noise: this step's draws, one (B, ...) tensor each, instead of the run's source.
-            result_dtype: dtype of the new sample (default: the run's).
+            result_dtype, preview_dtype: of the new sample and of x_start (default: the run's).
             inputs: the plan's own inputs, by name, (B, ...).
 
         Raises:
@@ -229,23 +238,34 @@ class Run:
         keys = None if noise is not None else self._keys
         draws = self._draw(i, output) if noise is None else list(noise)
         states = [old[k] for k in call.reads]
+        at = i
+        if self.plan.snr is not None and self.plan.snr[i]:
+            if keys is not None:
+                draws = seeded_draws(self.plan, i, keys, old[0], spec, self._backend)
+                keys = None
+            table = corrector_table(self.plan, i, table, spec, halves, draws, self._guidance)
+            at, row = 0, tables.rows[0]
         threshold = None
         if call.clamped and self.plan.thresholding is not None:
             threshold = self._threshold(i, states, halves, draws, keys)
         scales = [] if self._guidance is None else [self._guidance]
         if differentiated(states, halves, draws, scales):
             dtypes = [result_dtype or self._dtype, *[self._dtype] * (len(spec.outputs) - 1)]
+            if self._preview:
+                dtypes[-1] = preview_dtype or self._dtype
             results = call_step(
                 states, spec, table, row, model_outputs=halves, noise=draws, keys=keys,
                 draws=tables.draws, guidance_scale=self._guidance, threshold=threshold,
                 backend=self._backend, out_dtypes=dtypes,
             )  # fmt: skip
             if self._input is not None:
-                c_in = table[i, HEADER.index("c_in")]
+                c_in = table[at, HEADER.index("c_in")]
                 scaled = (c_in * results[0].to(c_in.dtype)).to(self._input.dtype)
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
-            results, reused = self._memory(call, old, result_dtype or self._dtype)
+            results, reused = self._memory(
+                call, old, result_dtype or self._dtype, preview_dtype or self._dtype
+            )
             self._operation(
                 [s.contiguous() for s in states], [h.contiguous() for h in halves], draws, table,
                 row, keys, tables.draws, self._guidance, threshold, spec.encoded, _NO_COUNTER,
@@ -266,7 +286,7 @@ class Run:
         return results[0]
 
     def _memory(
-        self, call: RowCall, old: States, result_dtype: torch.dtype
+        self, call: RowCall, old: States, result_dtype: torch.dtype, preview_dtype: torch.dtype
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Where the results go, and which of those tensors held something before."""
         like = old[0]
@@ -280,7 +300,7 @@ class Run:
                 reused.append(buffer)
             results.append(buffer)
         if self._preview:
-            results.append(torch.empty_like(results[0], dtype=self._dtype))
+            results.append(torch.empty_like(results[0], dtype=preview_dtype))
         return results, reused
 
     def _given(self, x: Tensor | None, inputs: dict[str, Tensor]) -> States:

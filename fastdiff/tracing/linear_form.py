@@ -10,8 +10,8 @@ through the dispatcher, several times slower, and not through every function tha
 from __future__ import annotations
 
 import math
+import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +48,13 @@ class _NoSuchAttribute(NotAffineError, AttributeError):
 
 def _where() -> str:
     """The innermost line that is neither fastdiff's tracing nor torch's."""
-    here = __file__.rpartition("/")[0]
-    torch_package = torch.__file__.rpartition("/")[0]
-    for frame in reversed(traceback.extract_stack(sys._getframe(1))):
-        if not frame.filename.startswith((here, torch_package)):
-            return f"{frame.filename}:{frame.lineno}"
-    return "unknown"
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_SAMPLER):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_NOT_THE_SAMPLER = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
 
 def number(value: Any, operation: str) -> float | None:
@@ -72,10 +73,18 @@ def number(value: Any, operation: str) -> float | None:
     return None
 
 
+def _refusal(operation: str, reason: str = "is not affine in the images") -> Callable[..., Any]:
+    def method(self: LinearForm, *_: Any) -> Any:
+        raise NotAffineError(operation, reason)
+
+    return method
+
+
 class LinearForm:
     """An image as a linear form. shape, dtype and device are those of the image it stands for."""
 
     __slots__ = ("device", "dtype", "recorder", "shape", "terms")
+    __array_ufunc__ = None  # NumPy's numbers leave the arithmetic to the form
 
     def __init__(
         self,
@@ -159,19 +168,26 @@ class LinearForm:
     def __pos__(self) -> LinearForm:
         return self
 
-    def __bool__(self) -> bool:
-        raise NotAffineError("bool()", "decides by the values of images")
-
-    def __float__(self) -> float:
-        raise NotAffineError("float()", "reads the values of images")
+    __rtruediv__ = _refusal("divide", "by an image is not affine")
+    __pow__ = __rpow__ = _refusal("power")
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refusal("remainder")
+    __matmul__ = __rmatmul__ = _refusal("matrix product", "mixes the elements of images")
+    __abs__ = _refusal("abs()")
+    __bool__ = _refusal("bool()", "decides by the values of images")
+    __float__ = _refusal("float()", "reads the values of images")
+    __int__ = _refusal("int()", "reads the values of images")
+    __lt__ = __le__ = __gt__ = __ge__ = _refusal("comparison", "decides by the values of images")
+    __getitem__ = __setitem__ = _refusal("indexing", "takes images apart")
+    __iter__ = _refusal("iteration", "takes images apart")
+    __hash__ = object.__hash__
 
     def __eq__(self, other: object) -> bool:
         if other is None:
             return False
         raise NotAffineError("comparison", "decides by the values of images")
 
-    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = __eq__
-    __hash__ = object.__hash__
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     # What samplers ask of a tensor.
 
@@ -203,20 +219,10 @@ class LinearForm:
                 return self._like(self.terms, value.dtype)
         return self
 
-    def clone(self, **_: Any) -> LinearForm:
+    def clone(self, *_: Any, **__: Any) -> LinearForm:
         return self
 
-    def contiguous(self, **_: Any) -> LinearForm:
-        return self
-
-    def detach(self) -> LinearForm:
-        return self
-
-    def cpu(self) -> LinearForm:
-        return self
-
-    def cuda(self, *_: Any) -> LinearForm:
-        return self
+    contiguous = detach = cpu = cuda = clone
 
     def new_ones(self, size: Any, **_: Any) -> Tensor:
         return torch.ones(size, dtype=torch.float64)
@@ -242,8 +248,8 @@ class LinearForm:
     def neg(self) -> LinearForm:
         return -self
 
-    def lerp(self, end: LinearForm, weight: NumberLike) -> LinearForm:
-        return self + (end - self) * weight
+    def lerp(self, end: Any, weight: NumberLike) -> LinearForm:
+        return self * (1 - weight) + end * weight
 
     def clamp(self, min: NumberLike | None = None, max: NumberLike | None = None) -> LinearForm:
         lo = number(min, "clamp") if min is not None else -math.inf
@@ -275,8 +281,8 @@ class LinearForm:
             return lambda: self.to(_CASTS[name])
         raise _NoSuchAttribute(f"Tensor.{name}")
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotAffineError("indexing", "takes images apart")
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearForm:
         return self
@@ -289,11 +295,18 @@ class LinearForm:
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        from fastdiff.tracing.torch_functions import FUNCTIONS
+
         name = getattr(func, "__name__", str(func))
-        handler = _FUNCTIONS.get(name)
+        handler = FUNCTIONS.get(name)
         if handler is None:
             raise NotAffineError(f"torch.{name}")
-        return handler(*args, **(kwargs or {}))
+        try:
+            return handler(*args, **(kwargs or {}))
+        except NotAffineError:
+            raise
+        except TypeError as error:  # arguments that the handler does not know
+            raise NotAffineError(f"torch.{name}", f"is not known so ({error})") from error
 
     def __repr__(self) -> str:
         parts = [
@@ -317,85 +330,10 @@ class Exponential:
     __rmul__ = __mul__
 
 
-class Stack:
-    """torch.stack of forms, for the einsum over them that UniPC writes."""
-
-    def __init__(self, forms: list[LinearForm]) -> None:
-        self.forms = forms
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return LinearForm.__torch_function__(func, types, args, kwargs)
-
-
-def _einsum(equation: str, weights: Tensor, stack: Stack) -> LinearForm:
-    operands, _, result = equation.replace(" ", "").partition("->")
-    first, _, second = operands.partition(",")
-    if len(first) != 1 or second.replace(first, "", 1) != result or weights.dim() != 1:
-        raise NotAffineError("torch.einsum", f"of {equation!r} is not a weighted sum of images")
-    if len(stack.forms) != len(weights):
-        raise NotAffineError("torch.einsum", f"of {len(weights)} weights and {len(stack.forms)}")
-    total = stack.forms[0] * float(weights[0])
-    for weight, form in zip(weights[1:], stack.forms[1:], strict=True):
-        total = total + form * float(weight)
-    return total
-
-
-def _zeros_like(form: LinearForm, **kwargs: Any) -> LinearForm:
-    return form._like({}, kwargs.get("dtype"))
-
-
-def _draw(form: LinearForm, *, dtype: torch.dtype | None = None, **_: Any) -> LinearForm:
-    return form.recorder.drawn(dtype or form.dtype)
-
-
-def _times(a: Any, b: Any) -> LinearForm:
-    return b * a if isinstance(b, LinearForm | Exponential) else a * b
-
-
-def _minus(a: Any, b: Any, *, alpha: NumberLike = 1) -> LinearForm:
-    return (a - b * alpha) if isinstance(a, LinearForm) else (b * alpha).__rsub__(a)
-
-
-def _plus(a: Any, b: Any, *, alpha: NumberLike = 1) -> LinearForm:
-    return a + b * alpha if isinstance(a, LinearForm) else b * alpha + a
-
-
-def _over(a: Any, b: Any) -> LinearForm:
-    if isinstance(b, LinearForm):
-        raise NotAffineError("divide", "by an image is not affine")
-    form: LinearForm = a / b
-    return form
-
-
 # Methods whose names would hide Python's own types in the annotations above.
-_CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16}
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": _plus, "__add__": _plus, "__radd__": _plus,
-    "sub": _minus, "subtract": _minus, "__sub__": _minus, "rsub": lambda a, b: _minus(b, a),
-    "__rsub__": lambda a, b: _minus(b, a),
-    "mul": _times, "multiply": _times, "__mul__": _times, "__rmul__": _times,
-    "div": _over, "divide": _over, "true_divide": _over, "__truediv__": _over,
-    "__rtruediv__": lambda a, b: _over(b, a), "__rdiv__": lambda a, b: _over(b, a),
-    "neg": lambda a: -a, "negative": lambda a: -a,
-    "lerp": lambda a, b, w: a.lerp(b, w),
-    "clamp": lambda a, *args, **kwargs: a.clamp(*args, **kwargs),
-    "clip": lambda a, *args, **kwargs: a.clamp(*args, **kwargs),
-    "exp": lambda a: a.exp(),
-    "split": lambda a, *args, **kwargs: a.split(*args, **kwargs),
-    "chunk": lambda a, *args, **kwargs: a.chunk(*args, **kwargs),
-    "stack": lambda forms, dim=0: Stack(list(forms)),
-    "einsum": _einsum,
-    "zeros_like": _zeros_like,
-    "randn_like": _draw,
-    "clone": lambda a, **_: a,
-    "is_floating_point": lambda _: True,
-    "is_tensor": lambda _: True,
-}  # fmt: skip
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}

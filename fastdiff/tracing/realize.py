@@ -280,6 +280,9 @@ class _Assembly:
                 draws[i, k], drawn[i, k] = (draw.step, draw.stream), True
             if row.learned is not None:
                 half_log[:, i] = row.learned
+                for k, draw in enumerate(row.draws):
+                    if draw.variable not in row.scaled.values() and A[i, :, N + 2 + k].any():
+                        raise NotAffineError("exp", "times some of a step's draws only")
         snr = np.array([row.snr for row in rows])
         clamped = any(row.clamp is not None for row in rows)
         learned = any(row.learned is not None for row in rows)

@@ -65,6 +65,7 @@ class Row:
     clamp: Clamp | None = None
     preview: LinearForm | None = None
     learned: tuple[float, float] | None = None
+    scaled: dict[int, int] = field(default_factory=dict)  # draws to what they are times exp(..)
     snr: float = 0.0
     corrected: LinearForm | None = None
     hints: list[LinearForm] = field(default_factory=list)
@@ -161,7 +162,8 @@ class Recorder:
     def churn(self) -> LinearForm:
         """A standard normal draw added to the sample before the coming call."""
         i = len(self.rows)
-        draw = Draw(self._variable(f"churn_{i}"), i, STREAM_STEP_SECOND)
+        stream = self._free(i, (STREAM_STEP_SECOND, *STREAMS[2:]))
+        draw = Draw(self._variable(f"churn_{i}"), i, stream)
         (self.rows[-1].draws if self.rows else self.first_draws).append(draw)
         return self._form(draw.variable)
 
@@ -179,14 +181,20 @@ class Recorder:
         self, i: int, dtype: torch.dtype | None, query: tuple[float, float] | None
     ) -> LinearForm:
         row = self.rows[i]
-        taken = {draw.stream for draw in row.draws if draw.step == i}
-        stream = next((s for s in STREAMS if s not in taken), None)
-        if stream is None:
-            raise NotAffineError("noise", f"is drawn more than {len(STREAMS)} times in one step")
+        stream = self._free(i, STREAMS)
         k = len(row.draws)
         draw = Draw(self._variable(f"z_{i}.{k}"), i, stream, dtype, query)
         row.draws.append(draw)
         return self._form(draw.variable, dtype or torch.float64)
+
+    def _free(self, i: int, streams: Iterable[int]) -> int:
+        """A stream of step i that no draw has, its churn before the call included."""
+        near = [self.first_draws] + [row.draws for row in self.rows[max(i - 1, 0) : i + 1]]
+        taken = {draw.stream for draws in near for draw in draws if draw.step == i}
+        for stream in streams:
+            if stream not in taken:
+                return stream
+        raise NotAffineError("noise", f"is drawn more than {len(STREAMS)} times in one step")
 
     def clamp(self, form: LinearForm, lo: float, hi: float) -> LinearForm:
         """clamp(form, lo, hi); one a call."""
@@ -218,10 +226,14 @@ class Recorder:
         scale = (float(half_log_min), float(half_log_max))
         if row.learned not in (None, scale):
             raise NotAffineError("exp", "of two variances in one step")
-        if not all(any(draw.variable == key for draw in row.draws) for key in z.terms):
+        plain = {draw.variable: draw for draw in row.draws}
+        plain = {key: draw for key, draw in plain.items() if key not in row.scaled.values()}
+        if not set(z.terms) <= {*plain, *row.scaled}:
             raise NotAffineError("exp", "times anything but the step's noise is not affine")
         row.learned = scale
-        return z
+        for key in set(z.terms) - set(row.scaled):
+            row.scaled[key] = plain[key].variable = self._variable(f"sigma {self.names[key]}")
+        return LinearForm(self, {row.scaled[k]: v for k, v in z.terms.items()}, z.dtype, z.shape)
 
     def corrector(self, x: LinearForm, g: LinearForm, snr: float) -> LinearForm:
         """x + eps g + sqrt(2 eps) z with eps = 2 (snr ||z|| / ||g||)^2, which is measured when the
@@ -284,7 +296,8 @@ class Recorder:
 
     def scaled_noise(self, exponent: LinearForm, z: LinearForm) -> LinearForm:
         """exp(a v + b) z as a learned variance."""
-        variances = {next(iter(form.terms)) for form in self._halves.values()}
+        variance = self._halves.get(self.rows[-1].output)
+        variances = set() if variance is None else set(variance.terms)
         slope = sum(value for key, value in exponent.terms.items() if key in variances)
         if set(exponent.terms) - variances - {CONSTANT}:
             raise NotAffineError("exp", "of an image is not affine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastdiff.plan import SolverPlan
 from fastdiff.tracing.linear_form import LinearForm, NotAffineError, number
 from fastdiff.tracing.record import Recorder
 
-__all__ = ["observe_step", "trace", "trace_function", "trace_scheduler"]
+__all__ = ["TraceNotes", "trace", "trace_function", "trace_scheduler"]
 
 
 def trace(
@@ -72,9 +73,9 @@ def _trace_ready(
             raise TypeError(f"{type(scheduler).__name__}.set_timesteps takes no sigmas")
         setting["sigmas"] = sigmas
     if steps is not None:
-        if not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"steps must be a positive integer, not {steps!r}")
-        setting["num_inference_steps"] = steps
+        setting["num_inference_steps"] = int(steps)
     if setting:
         scheduler.set_timesteps(**setting)
     elif getattr(scheduler, "num_inference_steps", 1) is None:
@@ -89,6 +90,21 @@ def _trace_ready(
     return trace_scheduler(scheduler, scheduler.timesteps, options)
 
 
+@dataclass
+class TraceNotes:
+    """What a trace saw beside the plan.
+
+    Attributes:
+        queries: (begin, end) that a Brownian tree was asked for, by (row, draw).
+        attributes: the scheduler's attributes after every row: numbers, and forms where it keeps
+            images, alone or in lists.
+    """
+
+    queries: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    attributes: list[dict[str, Any]] = field(default_factory=list)
+    recorder: Recorder | None = None
+
+
 def trace_scheduler(
     scheduler: Any,
     timesteps: Iterable[Any],
@@ -97,7 +113,7 @@ def trace_scheduler(
     exact_tables: bool = False,
     fed: bool = False,
     learned_variance: bool | None = None,
-    queries: dict[tuple[int, int], tuple[float, float]] | None = None,
+    notes: TraceNotes | None = None,
 ) -> SolverPlan:
     """The plan of a scheduler whose timesteps are set; the scheduler is used up.
 
@@ -109,7 +125,7 @@ def trace_scheduler(
         fed: draws of Brownian trees will be supplied by the caller, a draw a query; otherwise they
             become independent draws with the weights in the rows.
         learned_variance: model outputs have twice the channels (default: as configured).
-        queries: filled with the (begin, end) that the tree was asked for, by (row, draw).
+        notes: filled with what the plan does not say.
     """
     config = getattr(scheduler, "config", {})
     if learned_variance is None:
@@ -148,12 +164,16 @@ def trace_scheduler(
             if len(results) > 1 and isinstance(results[1], LinearForm):
                 recorder.preview(results[1])
             recorder.hint(_held(scheduler))
-    if queries is not None:
+            if notes is not None:
+                notes.attributes.append(_snapshot(scheduler))
+    plan = recorder.finish(x)
+    if notes is not None:
+        notes.recorder = recorder
         for i, row in enumerate(recorder.rows):
             for k, draw in enumerate(row.draws):
                 if draw.query is not None:
-                    queries[i, k] = draw.query
-    return recorder.finish(x)
+                    notes.queries[i, k] = draw.query
+    return plan
 
 
 def trace_function(
@@ -180,7 +200,7 @@ def trace_function(
         return output
 
     if "noise_sampler" in accepted and "noise_sampler" not in options:
-        options["noise_sampler"] = _independent_or_brownian(function, recorder)
+        options["noise_sampler"] = _increments(recorder)
     if "disable" in accepted:
         options.setdefault("disable", True)
     with _Intercept(recorder), torch.no_grad():
@@ -190,46 +210,16 @@ def trace_function(
     return recorder.finish(result)
 
 
-def _independent_or_brownian(
-    function: Callable[..., Any], recorder: Recorder
-) -> Callable[[Any, Any], LinearForm]:
+def _increments(recorder: Recorder) -> Callable[[Any, Any], LinearForm]:
     """A noise sampler: increments of one Brownian motion, which for functions that ask for
-    disjoint intervals are independent draws."""
-    return lambda begin, end: recorder.brownian(float(begin), float(end))
+    disjoint intervals are independent draws. An empty interval (a repeated noise level) gets a
+    draw of its own."""
 
+    def sampler(begin: Any, end: Any) -> LinearForm:
+        low, high = float(begin), float(end)
+        return recorder.drawn() if low == high else recorder.brownian(low, high)
 
-def observe_step(
-    scheduler: Any, timestep: Any, x: Tensor, output: Tensor, step_options: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], list[torch.dtype]]:
-    """Runs one real step of a scheduler, which is used up.
-
-    Returns:
-        what the step returns, and the dtypes of the random tensors it drew.
-    """
-    options = dict(step_options)
-    if "return_dict" in inspect.signature(scheduler.step).parameters:
-        options["return_dict"] = False
-    with _Observe() as observed, torch.no_grad():
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, timestep)
-        results = scheduler.step(output, timestep, x, **options)
-    return tuple(results), observed.dtypes
-
-
-class _Observe(TorchFunctionMode):
-    """Notes the dtypes of random tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.randn, torch.randn_like):
-            self.dtypes.append(result.dtype)
-        return result
+    return sampler
 
 
 class _Intercept(TorchFunctionMode):
@@ -245,8 +235,10 @@ class _Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.randn:
             size = args[0] if args and not isinstance(args[0], int) else args
-            if tuple(kwargs.get("size", size)) == tuple(self.recorder.shape):
-                return self.recorder.drawn(kwargs.get("dtype") or torch.get_default_dtype())
+            size = tuple(kwargs.get("size", size))
+            if size != tuple(self.recorder.shape):
+                raise NotAffineError("torch.randn", f"of shape {size} is not noise for an image")
+            return self.recorder.drawn(kwargs.get("dtype") or torch.get_default_dtype())
         elif func in _RANDOM:
             raise NotAffineError(f"torch.{func.__name__}", "is not a normal draw")
         return func(*args, **kwargs)
@@ -254,7 +246,8 @@ class _Intercept(TorchFunctionMode):
 
 _RANDOM = {
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.normal, torch.bernoulli,
-    torch.multinomial, torch.poisson, torch.randperm,
+    torch.multinomial, torch.poisson, torch.randperm, Tensor.normal_, Tensor.uniform_,
+    Tensor.random_, Tensor.bernoulli_, Tensor.exponential_,
 }  # fmt: skip
 
 
@@ -280,6 +273,19 @@ def _scale(recorder: Recorder, scaled: Any) -> float:
     if not isinstance(scaled, LinearForm) or set(scaled.terms) != {x}:
         raise NotAffineError("scale_model_input", "does not scale the sample")
     return scaled.terms[x]
+
+
+def _snapshot(scheduler: Any) -> dict[str, Any]:
+    """The attributes that steps change: forms, numbers, None and lists of them."""
+    found = {}
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            found[name] = list(value)
+        elif value is None or isinstance(value, LinearForm | int | float):
+            found[name] = value
+        elif isinstance(value, Tensor) and value.dim() == 0:
+            found[name] = value
+    return found
 
 
 def _held(scheduler: Any) -> list[LinearForm]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastdiff.tracing.linear_form import LinearForm
     from fastdiff.tracing.record import Recorder, Row
 
-__all__ = ["realize"]
+__all__ = ["from_history", "realize"]
 
 FloatArray = NDArray[np.float64]
 Terms = dict[int, float]
@@ -52,6 +52,7 @@ def realize(recorder: Recorder, result: LinearForm) -> SolverPlan:
             _refuse_constant(row.clamp.form.terms, f"the clamped value of call {i}")
     needed = _needed(recorder, targets)
     held = _choose(recorder, needed)
+    recorder.slots = held
     return _Assembly(recorder, targets, held).plan()
 
 
@@ -250,7 +251,7 @@ class _Assembly:
                 "the sampler", f"needs {N} states and {D} draws a call; at most {MAX_STATES} and "
                 f"{MAX_DRAWS} are served"
             )  # fmt: skip
-        self.states, self.history, self.inputs = N, history, inputs
+        self.states, self.history, self.inputs, self.draws = N, history, inputs, D
         R = len(rows)
         A, x_start = np.zeros((R, N, N + 2 + D)), np.zeros((R, N + 2 + D))
         P, lo, hi = np.zeros((R, N + 1 + D)), np.full(R, -np.inf), np.full(R, np.inf)
@@ -285,7 +286,7 @@ class _Assembly:
                         raise NotAffineError("exp", "times some of a step's draws only")
         snr = np.array([row.snr for row in rows])
         clamped = any(row.clamp is not None for row in rows)
-        learned = any(row.learned is not None for row in rows)
+        learned = recorder.learned_variance or any(row.learned is not None for row in rows)
         kinds = {row.clamp.thresholding for row in rows if row.clamp is not None}
         if len(kinds) > 1:
             raise NotAffineError("clamp", "and thresholding in one sampler")
@@ -317,7 +318,7 @@ class _Assembly:
     def _expressed(self, i: int, terms: Terms) -> FloatArray | None:
         row = self.recorder.rows[i]
         N = self.states
-        coefficients = np.zeros(N + 2 + max(len(r.draws) for r in self.recorder.rows))
+        coefficients = np.zeros(N + 2 + self.draws)
         columns = {row.output: N}
         if row.x is not None:
             columns[row.x] = 0
@@ -357,6 +358,13 @@ class _Assembly:
         if scale != 1.0 or terms or len(used) > 1:
             raise NotAffineError("the sampler", "changes its starting sample by more than noise")
         return used[0] if used else 0.0
+
+
+def from_history(recorder: Recorder, row: int, form: LinearForm) -> dict[int, float] | None:
+    """A form of earlier calls as a combination of the history (1..) held after a row of the plan;
+    None when that is not carried."""
+    held: Slots = recorder.slots[row + 1] if row + 1 < len(recorder.slots) else []
+    return _solve(form.terms, {1 + k: terms for k, terms in enumerate(held) if terms is not None})
 
 
 def _solve(target: Terms, sources: dict[int, Terms]) -> dict[int, float] | None:

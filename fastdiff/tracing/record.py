@@ -105,6 +105,7 @@ class Recorder:
         self.initial_scale = 1.0
         self.first_draws: list[Draw] = []
         self.initial: LinearForm | None = None
+        self.slots: list[list[dict[int, float] | None]] = []  # the history chosen by finish()
         self._halves: dict[int, LinearForm] = {}
         self._times: list[float] = []  # of the Brownian motion, and its increment after each
         self._increments: dict[float, LinearForm] = {}

@@ -279,11 +279,10 @@ def _snapshot(scheduler: Any) -> dict[str, Any]:
     """The attributes that steps change: forms, numbers, None and lists of them."""
     found = {}
     for name, value in vars(scheduler).items():
+        scalar = value.dim() == 0 if isinstance(value, Tensor) else value is None
         if isinstance(value, list):
             found[name] = list(value)
-        elif value is None or isinstance(value, LinearForm | int | float):
-            found[name] = value
-        elif isinstance(value, Tensor) and value.dim() == 0:
+        elif scalar or isinstance(value, LinearForm | int | float):
             found[name] = value
     return found
 

@@ -77,6 +77,12 @@ class Accelerated:
 
     _fastdiff_upstream: type
 
+    def __getattr__(self, name: str) -> Any:
+        stepper = vars(self).get(_STEPPER)
+        if stepper is not None and stepper.serves(name):
+            return stepper.attribute(name)
+        return super().__getattr__(name)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: v for name, v in vars(self).items() if name != _STEPPER}
         return _rebuilt, (self._fastdiff_upstream, _options(self), state)
@@ -139,6 +145,8 @@ def _make(upstream: Any, options: Options) -> type:
     names = tuple(inspect.signature(upstream.step).parameters) if hasattr(upstream, "step") else ()
     if names[:4] == first and hasattr(upstream, "set_timesteps"):
         namespace["step"] = _step(upstream, names[4:])
+        if hasattr(upstream, "scale_model_input"):
+            namespace["scale_model_input"] = _scaling(upstream)
         for name in ("set_timesteps", "set_begin_index"):
             if hasattr(upstream, name):
                 namespace[name] = _resetting(getattr(upstream, name))
@@ -172,11 +180,24 @@ def _stepper(scheduler: Any) -> Stepper:
     return stepper
 
 
+def _scaling(upstream: Any) -> Callable[..., Any]:
+    @functools.wraps(upstream.scale_model_input)
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        stepper: Stepper | None = vars(self).get(_STEPPER)
+        scale = None if stepper is None else stepper.scale()
+        if scale is None:
+            return upstream.scale_model_input(self, sample, *args, **kwargs)
+        return sample if scale == 1.0 else sample * scale
+
+    return scale_model_input
+
+
 def _resetting(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        vars(self).pop(_STEPPER, None)
-        return result
+        stepper: Stepper | None = vars(self).get(_STEPPER)
+        if stepper is not None:
+            stepper.end()
+        return method(self, *args, **kwargs)
 
     return wrapper

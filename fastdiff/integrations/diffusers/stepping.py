@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,9 @@ from fastdiff.integrations.diffusers.observe import Observed, observe
 from fastdiff.ops.checks import FLOATING
 from fastdiff.plan import SolverPlan
 from fastdiff.run import Run
-from fastdiff.tracing.trace import trace_scheduler
+from fastdiff.tracing.linear_form import LinearForm
+from fastdiff.tracing.realize import from_history
+from fastdiff.tracing.trace import TraceNotes, trace_scheduler
 
 __all__ = ["Options", "Stepper"]
 
@@ -39,13 +40,19 @@ class Traced:
     """A scheduler's plan from one position on, or the reason why there is none.
 
     Attributes:
-        queries: (begin, end) that a Brownian tree is asked for, by (row, draw).
+        notes: what the trace saw beside the plan.
+        numbers: the scheduler's attributes after every row, as far as they are not images.
+        images: names of those that are images or lists of images.
+        scales: what scale_model_input multiplies by before every row.
         observed: what upstream's step does with dtypes, by dtypes and kinds of argument.
     """
 
     plan: SolverPlan | None
     reason: str = ""
-    queries: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    notes: TraceNotes = field(default_factory=TraceNotes)
+    numbers: tuple[dict[str, Any], ...] = ()
+    images: frozenset[str] = frozenset()
+    scales: tuple[float, ...] = ()
     observed: dict[tuple[Any, ...], Observed] = field(default_factory=dict)
 
     @property
@@ -88,6 +95,14 @@ class Stepper:
         self._digest: str | None = None
         self._last: Tensor | None = None
         self._only_upstream = ""
+        self._before: dict[str, Any] = {}  # the scheduler's attributes when the run began
+
+    def end(self) -> None:
+        """Gives the scheduler back the attributes that a run served from its history."""
+        if self.traced is not None:
+            for name in self.traced.images:
+                vars(self.scheduler).setdefault(name, self._before.get(name))
+        self.reset()
 
     def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
         """What the scheduler's step returns for its own arguments, defaults left out."""
@@ -120,8 +135,10 @@ class Stepper:
             result = run.step(
                 output, sample, noise=noise, result_dtype=dtypes[0], preview_dtype=dtypes[-1]
             )
-        if self.counted:
-            scheduler._step_index = self.begin + row + 1
+        attributes = vars(scheduler)
+        attributes.update(traced.numbers[row])
+        for name in traced.images:
+            attributes.pop(name, None)
         results = (result,) if len(dtypes) == 1 else (result, run.x_start)
         if not return_dict or observed.output_class is None:
             return results
@@ -136,8 +153,7 @@ class Stepper:
             position = scheduler._step_index
             if position is None:
                 _check_shapes(output, sample)
-                self.upstream._init_step_index(scheduler, timestep)
-                position, traced = scheduler._step_index, None
+                position, traced = self._first_position(timestep), None
         else:
             position = self._position(timestep)
         if traced is None:
@@ -161,6 +177,18 @@ class Stepper:
             f"step was given {arguments} after {self._settings}: {name} carries history, so the "
             "arguments must stay the same until set_timesteps()"
         )
+
+    def _first_position(self, timestep: Any) -> int:
+        """Where upstream's own count begins."""
+        scheduler = self.scheduler
+        if hasattr(scheduler, "_init_step_index"):
+            scheduler._init_step_index(timestep)
+        elif scheduler._begin_index is None:
+            scheduler._step_index = scheduler.index_for_timestep(timestep)
+        else:
+            scheduler._step_index = scheduler._begin_index
+        position: int = scheduler._step_index
+        return position
 
     def _position(self, timestep: Any) -> int:
         """Where a timestep stands in scheduler.timesteps, read from a device only if it must be."""
@@ -191,6 +219,7 @@ class Stepper:
         _check_shapes(output, sample)
         if self._digest is None:
             self._digest = digest(self.scheduler)
+            self._before = _copied(vars(self.scheduler))
         at: Any = position if position >= 0 else ("t", self._foreign[-1 - position])
         doubled = output.shape != sample.shape
         key = (
@@ -204,20 +233,29 @@ class Stepper:
         return 0
 
     def _trace(self, position: int, arguments: dict[str, Any], doubled: bool) -> Traced:
-        queries: dict[tuple[int, int], tuple[float, float]] = {}
+        notes = TraceNotes()
         try:
             plan = trace_scheduler(
                 self._shadow(position), self._timesteps_from(position), arguments,
-                fed=self.options.seed is None, learned_variance=doubled, queries=queries,
+                fed=self.options.seed is None, learned_variance=doubled, notes=notes,
             )  # fmt: skip
         except Exception as error:
             # Whatever upstream's code does on forms, its own step on images is the answer.
             return Traced(None, f"{type(error).__name__}: {error}")
         if "preview" in plan.about:
             return Traced(None, f"its second result {plan.about['preview']}")
+        assert plan.c_in is not None
+        scales = (plan.first_c_in, *plan.c_in[:-1].tolist())
         if self.options.float32_latents:
             plan = replace(plan, c_in=None, first_c_in=1.0)
-        return Traced(plan, "", queries)
+        numbers = [{k: v for k, v in row.items() if not _images(v)} for row in notes.attributes]
+        images = {k for row in notes.attributes for k, v in row.items() if _images(v)}
+        changing = {
+            k for row in numbers for k, v in row.items()
+            if k != "_begin_index" and (k in images or self._before.get(k, self) is not v)
+        }  # fmt: skip
+        kept = tuple({k: v for k, v in row.items() if k in changing} for row in numbers)
+        return Traced(plan, "", notes, kept, frozenset(images), scales)
 
     def _timesteps_from(self, position: int) -> list[Tensor]:
         timesteps: Tensor = self.scheduler.timesteps.cpu()
@@ -227,15 +265,9 @@ class Stepper:
 
     def _shadow(self, position: int) -> Any:
         """A copy of the scheduler as it stands before the run, to be used up."""
-        shadow = copy.copy(self.scheduler)
-        shadow.__class__ = self.upstream
-        for name, value in list(vars(shadow).items()):
-            if name.startswith("_fastdiff"):
-                del vars(shadow)[name]
-            elif isinstance(value, list):
-                vars(shadow)[name] = list(value)
-            elif isinstance(value, Tensor):
-                vars(shadow)[name] = value.cpu()
+        shadow = self.upstream.__new__(self.upstream)
+        for name, value in _copied(self._before).items():
+            vars(shadow)[name] = value.cpu() if isinstance(value, Tensor) else value
         if self.counted:
             shadow._step_index, shadow._begin_index = None, position
         return shadow
@@ -282,6 +314,48 @@ class Stepper:
         self.run = run
         return run
 
+    # What the scheduler is asked for between steps.
+
+    def scale(self) -> float | None:
+        """What scale_model_input multiplies by before the coming step; None before a run."""
+        traced, run = self.traced, self.run
+        if traced is None or traced.plan is None or run is None or run.done:
+            return None
+        return traced.scales[run.index]
+
+    def serves(self, name: str) -> bool:
+        """Whether `attribute` knows a name."""
+        traced, run = self.traced, self.run
+        return traced is not None and name in traced.images and run is not None and run.index > 0
+
+    def attribute(self, name: str) -> Any:
+        """An attribute that upstream keeps images in, from the history of the run."""
+        traced, run = self.traced, self.run
+        assert traced is not None and run is not None
+        return self._materialized(traced.notes.attributes[run.index - 1].get(name), name)
+
+    def _materialized(self, value: Any, name: str) -> Any:
+        if isinstance(value, list):
+            return [self._materialized(item, name) for item in value]
+        if not isinstance(value, LinearForm):
+            return value
+        assert self.traced is not None and self.run is not None
+        recorder = self.traced.notes.recorder
+        assert recorder is not None
+        weights = from_history(recorder, self.run.index - 1, value)
+        if weights is None:
+            raise AttributeError(
+                f"{name} is not carried: the steps of this run need fewer tensors than "
+                f"{self.upstream.__name__} keeps; use the scheduler of diffusers to read it"
+            )
+        states = [self.run.x, *self.run.history]
+        total = torch.zeros_like(self.run.x)
+        for k, weight in weights.items():
+            held = states[k]
+            assert held is not None
+            total = total + weight * held
+        return total
+
     # The parts of a step.
 
     def _master_step(
@@ -315,9 +389,9 @@ class Stepper:
         for k, consumed in enumerate(self.traced.plan.consumes[row]):
             if not consumed:
                 draws.append(sample)  # not read
-            elif (row, k) in self.traced.queries:
+            elif (row, k) in self.traced.notes.queries:
                 tree = self._tree(output, timestep, sample, generator)
-                draws.append(tree(*self.traced.queries[row, k]).to(sample.device))
+                draws.append(tree(*self.traced.notes.queries[row, k]).to(sample.device))
             elif given is not None:
                 if generator is not None:
                     raise ValueError("generator and variance_noise exclude each other")
@@ -360,6 +434,21 @@ class Stepper:
             _said.add((self.upstream, reason))
             log.warning("%s runs on its own step: %s", self.upstream.__name__, reason)
         return self.upstream.step(self.scheduler, output, timestep, sample, **arguments)
+
+
+def _images(value: Any) -> bool:
+    """Whether an attribute holds images, alone or in a list."""
+    return isinstance(value, LinearForm) or (
+        isinstance(value, list) and any(isinstance(item, LinearForm) for item in value)
+    )
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's own attributes, lists apart from it."""
+    return {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in attributes.items() if not name.startswith("_fastdiff")
+    }  # fmt: skip
 
 
 def _handed(row: int, draw: int) -> Tensor:

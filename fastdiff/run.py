@@ -228,34 +228,54 @@ class Run:
         if i >= self.plan.rows:
             raise ValueError(f"the run is done: all {self.plan.rows} model calls have been stepped")
         self._check_output(output)
-        old = self._states
+        states = self._states
         if x is not None or inputs or self.plan.inputs:
-            old = self._given(x, inputs)
-        call = self._calls[i]
-        tables = self._tables
-        spec, table, row = self._specs[call.variant], tables.tables[call.variant], tables.rows[i]
-        halves = [output] if self._guidance is None else list(output.split(self._batch))
-        keys = None if noise is not None else self._keys
+            states = self._given(x, inputs)
         draws = self._draw(i, output) if noise is None else list(noise)
+        seeded = noise is None and self._generator is None and self._noise is None
+        return self.advance(
+            output, states, draws, seeded, result_dtype or self._dtype, preview_dtype or self._dtype
+        )
+
+    def advance(
+        self,
+        output: Tensor,
+        old: States,
+        draws: list[Tensor],
+        seeded: bool,
+        result_dtype: torch.dtype,
+        preview_dtype: torch.dtype,
+    ) -> Tensor:
+        """step() on arguments that are known to be right.
+
+        Args:
+            old: the states before the step.
+            draws: one tensor per draw, or none when the step makes its own noise (seeded) or the
+                row uses none.
+        """
+        i = self.index
+        call, tables, guidance = self._calls[i], self._tables, self._guidance
+        spec, table, row = self._specs[call.variant], tables.tables[call.variant], tables.rows[i]
+        keys = self._keys if seeded else None
+        halves = [output] if guidance is None else list(output.split(self._batch))
         states = [old[k] for k in call.reads]
         at = i
         if self.plan.snr is not None and self.plan.snr[i]:
             if keys is not None:
                 draws = seeded_draws(self.plan, i, keys, old[0], spec, self._backend)
                 keys = None
-            table = corrector_table(self.plan, i, table, spec, halves, draws, self._guidance)
+            table = corrector_table(self.plan, i, table, spec, halves, draws, guidance)
             at, row = 0, tables.rows[0]
         threshold = None
         if call.clamped and self.plan.thresholding is not None:
             threshold = self._threshold(i, states, halves, draws, keys)
-        scales = [] if self._guidance is None else [self._guidance]
-        if differentiated(states, halves, draws, scales):
-            dtypes = [result_dtype or self._dtype, *[self._dtype] * (len(spec.outputs) - 1)]
+        if differentiated(states, halves, draws, () if guidance is None else (guidance,)):
+            dtypes = [result_dtype, *[self._dtype] * (len(spec.outputs) - 1)]
             if self._preview:
-                dtypes[-1] = preview_dtype or self._dtype
+                dtypes[-1] = preview_dtype
             results = call_step(
                 states, spec, table, row, model_outputs=halves, noise=draws, keys=keys,
-                draws=tables.draws, guidance_scale=self._guidance, threshold=threshold,
+                draws=tables.draws, guidance_scale=guidance, threshold=threshold,
                 backend=self._backend, out_dtypes=dtypes,
             )  # fmt: skip
             if self._input is not None:
@@ -263,23 +283,25 @@ class Run:
                 scaled = (c_in * results[0].to(c_in.dtype)).to(self._input.dtype)
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
-            results, reused = self._memory(
-                call, old, result_dtype or self._dtype, preview_dtype or self._dtype
-            )
+            results, reused = self._memory(call, old, result_dtype, preview_dtype)
             self._operation(
                 [s.contiguous() for s in states], [h.contiguous() for h in halves], draws, table,
-                row, keys, tables.draws, self._guidance, threshold, spec.encoded, _NO_COUNTER,
-                results, self._input,
+                row, keys, tables.draws, guidance, threshold, spec.encoded, _NO_COUNTER, results,
+                self._input,
             )  # fmt: skip
-            written(reused)
-        new: States = [None] * len(old)
-        for k, j in call.moves:
-            new[k] = old[j]
-        for k in call.keeps_output:
-            new[k] = output
-        for k, result in zip(call.writes, results, strict=False):
-            new[k] = result
-        self._states = new
+            if reused:
+                written(reused)
+        if len(old) == 1:
+            self._states = results[:1]
+        else:
+            new: States = [None] * len(old)
+            for k, j in call.moves:
+                new[k] = old[j]
+            for k in call.keeps_output:
+                new[k] = output
+            for k, result in zip(call.writes, results, strict=False):
+                new[k] = result
+            self._states = new
         if self._preview:
             self.x_start = results[-1]
         self.index = i + 1
@@ -289,32 +311,29 @@ class Run:
         self, call: RowCall, old: States, result_dtype: torch.dtype, preview_dtype: torch.dtype
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Where the results go, and which of those tensors held something before."""
-        like = old[0]
+        like, dtype, make = old[0], self._dtype, torch.empty_like
+        layout = torch.contiguous_format
         results, reused = [], [] if self._input is None else [self._input]
         for k, source in zip(call.writes, call.memory, strict=True):
             buffer = old[source] if source >= 0 else None
             if buffer is None:
-                dtype = self._dtype if k else result_dtype
-                buffer = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+                buffer = make(like, dtype=dtype if k else result_dtype, memory_format=layout)
             else:
                 reused.append(buffer)
             results.append(buffer)
         if self._preview:
-            results.append(torch.empty_like(results[0], dtype=preview_dtype))
+            results.append(make(like, dtype=preview_dtype, memory_format=layout))
         return results, reused
 
     def _given(self, x: Tensor | None, inputs: dict[str, Tensor]) -> States:
         """The states with what the caller supplies for this step."""
         states = list(self._states)
         if x is not None:
-            if not self._borrow:
+            if self._borrow:
+                self._check_given(x)
+            else:
                 check_like("x", x, "the run's x", self.x)
                 x = x.clone(memory_format=torch.contiguous_format)
-            elif x.shape != self.x.shape or x.device != self.x.device:
-                raise ValueError(
-                    f"x must be {tuple(self.x.shape)} on {self.x.device}, as when the run began, "
-                    f"not {tuple(x.shape)} on {x.device}"
-                )
             states[0] = x
         names = self.plan.inputs
         if set(inputs) != set(names):
@@ -343,6 +362,18 @@ class Run:
             backend=self._backend, out_dtypes=[table.dtype],
         )  # fmt: skip
         return threshold_of(value, *self.plan.thresholding)
+
+    def check(self, output: Tensor, x: Tensor) -> None:
+        """Refuses a model output and a sample of the caller's that do not go with the run."""
+        self._check_output(output)
+        self._check_given(x)
+
+    def _check_given(self, x: Tensor) -> None:
+        if x.shape != self.x.shape or x.device != self.x.device:
+            raise ValueError(
+                f"x must be {tuple(self.x.shape)} on {self.x.device}, as when the run began, "
+                f"not {tuple(x.shape)} on {x.device}"
+            )
 
     def _check_output(self, output: Tensor) -> None:
         x = self._states[0]

@@ -96,6 +96,9 @@ class Stepper:
         self._last: Tensor | None = None
         self._only_upstream = ""
         self._before: dict[str, Any] = {}  # the scheduler's attributes when the run began
+        self._kind: Any = None  # shapes, dtypes and devices of the last step's tensors
+        self._now: Observed | None = None
+        self._drawing = self._history = False
 
     def end(self) -> None:
         """Gives the scheduler back the attributes that a run served from its history."""
@@ -106,36 +109,34 @@ class Stepper:
 
     def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
         """What the scheduler's step returns for its own arguments, defaults left out."""
-        scheduler = self.scheduler
-        upstream_arguments = dict(arguments)
         return_dict = arguments.pop("return_dict", True)
         generator = arguments.pop("generator", None)
         given = arguments.pop("variance_noise", None)
-        reason = self._only_upstream or _unfit(output, sample, arguments)
-        row = 0
-        if not reason:
-            row = self._row(output, timestep, sample, arguments)
-            assert self.traced is not None
-            reason = self.traced.reason
-        if reason:
-            return self._upstream_step(output, timestep, sample, upstream_arguments, reason)
-        traced = self.traced
-        assert traced is not None and traced.plan is not None
-        run, plan = self.run, traced.plan
-        observed = self._observed(output, timestep, sample)
-        if run is None or run.index != row or run.x.shape != sample.shape:
-            run = self._start(row, output, sample, observed)
-        noise = None
-        if self.options.seed is None and plan.n_draws:
-            noise = self._noise(row, output, timestep, sample, generator, given, observed)
-        dtypes = observed.result_dtypes
+        kind = _kind(output, sample)
+        row = self._next_row(timestep) if kind == self._kind and arguments == self._settings else -1
+        if row < 0:
+            reason = self._prepare(output, timestep, sample, arguments)
+            if reason:
+                if generator is not None:
+                    arguments["generator"] = generator
+                if given is not None:
+                    arguments["variance_noise"] = given
+                arguments["return_dict"] = return_dict
+                return self._upstream_step(output, timestep, sample, arguments, reason)
+            self._kind = kind
+        run, traced, observed = self.run, self.traced, self._now
+        assert run is not None and traced is not None and observed is not None
+        row, dtypes = run.index, observed.result_dtypes
+        seeded = self.options.seed is not None
+        draws: list[Tensor] = []
+        if self._drawing and not seeded:
+            draws = self._noise(row, output, timestep, sample, generator, given, observed)
         if self.options.float32_latents:
-            result = self._master_step(run, output, sample, noise, dtypes)
+            result = self._master_step(run, output, sample, draws, dtypes)
         else:
-            result = run.step(
-                output, sample, noise=noise, result_dtype=dtypes[0], preview_dtype=dtypes[-1]
-            )
-        attributes = vars(scheduler)
+            states = [sample, *run.history] if self._history else [sample]
+            result = run.advance(output, states, draws, seeded, dtypes[0], dtypes[-1])
+        attributes = vars(self.scheduler)
         attributes.update(traced.numbers[row])
         for name in traced.images:
             attributes.pop(name, None)
@@ -143,6 +144,32 @@ class Stepper:
         if not return_dict or observed.output_class is None:
             return results
         return observed.output_class(**dict(zip(observed.fields, results, strict=True)))
+
+    def _next_row(self, timestep: Any) -> int:
+        """The run's coming row when this timestep is the one that follows, else -1."""
+        run, traced = self.run, self.traced
+        if run is None or traced is None or traced.plan is None or run.done:
+            return -1
+        at = vars(self.scheduler)["_step_index"] if self.counted else self._position(timestep)
+        return run.index if at == self.begin + run.index else -1
+
+    def _prepare(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> str:
+        """Sets the run to the row of this step; the reason why upstream's own step must do it."""
+        reason = self._only_upstream or _unfit(output, sample, arguments)
+        if reason:
+            return reason
+        row = self._row(output, timestep, sample, arguments)
+        assert self.traced is not None
+        if self.traced.plan is None:
+            return self.traced.reason
+        self._now = self._observed(output, timestep, sample)
+        run = self.run
+        if run is None or run.index != row or run.x.shape != sample.shape:
+            run = self._start(row, output, sample, self._now)
+        run.check(output, sample)
+        plan = self.traced.plan
+        self._drawing, self._history = bool(plan.consumes.any()), plan.states > 1
+        return ""
 
     # Which row.
 
@@ -363,13 +390,14 @@ class Stepper:
         run: Run,
         output: Tensor,
         sample: Tensor,
-        noise: list[Tensor] | None,
+        draws: list[Tensor],
         dtypes: tuple[torch.dtype, ...],
     ) -> Tensor:
         """The run keeps the sample in float32; the caller gets it rounded, from the same pass."""
-        changed = None if sample is self._last else sample.to(run.x.dtype)
+        x = run.x if sample is self._last else sample.to(run.x.dtype)
         run.renew_input()
-        result = run.step(output, changed, noise=noise, preview_dtype=dtypes[-1])
+        seeded = self.options.seed is not None
+        result = run.advance(output, [x, *run.history], draws, seeded, x.dtype, dtypes[-1])
         self._last = result if run.model_input.dtype == result.dtype else run.model_input
         return self._last
 
@@ -453,6 +481,15 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def _handed(row: int, draw: int) -> Tensor:
     raise AssertionError("the draws are given to every step")
+
+
+def _kind(output: Any, sample: Any) -> Any:
+    """What must stay the same from step to step for the last step's checks to hold."""
+    if type(output) is not Tensor or type(sample) is not Tensor:
+        return None
+    return (
+        output.shape, sample.shape, output.dtype, sample.dtype, output.device, sample.device,
+    )  # fmt: skip
 
 
 def _unfit(output: Any, sample: Any, arguments: dict[str, Any]) -> str:

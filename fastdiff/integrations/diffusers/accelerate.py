@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.noising import METHODS, Noising
 from fastdiff.integrations.diffusers.stepping import Options, Stepper
 
 __all__ = ["accelerate"]
@@ -20,7 +21,8 @@ __all__ = ["accelerate"]
 X = TypeVar("X")
 log = logging.getLogger("fastdiff")
 
-_STEPPER, _OPTIONS = "_fastdiff_stepper", "_fastdiff_options"
+_STEPPER, _NOISING = "_fastdiff_stepper", "_fastdiff_noising"
+_OPTIONS = "_fastdiff_options"
 
 
 def accelerate(
@@ -84,11 +86,11 @@ class Accelerated:
         return super().__getattr__(name)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: v for name, v in vars(self).items() if name != _STEPPER}
+        state = {name: v for name, v in vars(self).items() if name not in (_STEPPER, _NOISING)}
         return _rebuilt, (self._fastdiff_upstream, _options(self), state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        state = {name: v for name, v in vars(self).items() if name != _STEPPER}
+        state = {name: v for name, v in vars(self).items() if name not in (_STEPPER, _NOISING)}
         return _rebuilt(self._fastdiff_upstream, _options(self), copy.deepcopy(state, memo))
 
 
@@ -106,7 +108,7 @@ def _rebuilt(upstream: type, options: Options, state: dict[str, Any]) -> Any:
 
 def _instance(scheduler: Any, options: Options) -> Any:
     upstream = _upstream_of(type(scheduler))
-    state = {name: v for name, v in vars(scheduler).items() if name != _STEPPER}
+    state = {name: v for name, v in vars(scheduler).items() if name not in (_STEPPER, _NOISING)}
     return _rebuilt(upstream, options, state)
 
 
@@ -152,6 +154,9 @@ def _make(upstream: Any, options: Options) -> type:
                 namespace[name] = _resetting(getattr(upstream, name))
     else:
         log.warning("%s runs on its own step: its arguments are its own", upstream.__name__)
+    for name in METHODS:
+        if hasattr(upstream, name):
+            namespace[name] = _noising(upstream, name)
     return type(upstream.__name__, (Accelerated, upstream), namespace)
 
 
@@ -190,6 +195,24 @@ def _scaling(upstream: Any) -> Callable[..., Any]:
         return sample if scale == 1.0 else sample * scale
 
     return scale_model_input
+
+
+def _noising(upstream: Any, name: str) -> Callable[..., Any]:
+    method = getattr(upstream, name)
+    second, third = list(inspect.signature(method).parameters)[2:4]
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(method).bind(self, *args, **kwargs)
+        values = bound.arguments
+        _, sample, *_ = values.values()
+        noise = values.get("noise")
+        timesteps = values.get(third if second == "noise" else second)
+        noising = vars(self).setdefault(_NOISING, Noising(self, upstream, _stepper(self).copied))
+        result = noising(name, sample, noise, timesteps)
+        return method(self, *args, **kwargs) if result is None else result
+
+    return wrapper
 
 
 def _resetting(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -290,11 +290,16 @@ class Stepper:
             return list(timesteps[position:])
         return [torch.tensor(self._foreign[-1 - position]).to(timesteps.dtype)]
 
-    def _shadow(self, position: int) -> Any:
-        """A copy of the scheduler as it stands before the run, to be used up."""
+    def copied(self, attributes: dict[str, Any] | None = None) -> Any:
+        """A copy of the scheduler, of upstream's class and on the host, to be used up."""
         shadow = self.upstream.__new__(self.upstream)
-        for name, value in _copied(self._before).items():
+        for name, value in _copied(attributes or vars(self.scheduler)).items():
             vars(shadow)[name] = value.cpu() if isinstance(value, Tensor) else value
+        return shadow
+
+    def _shadow(self, position: int) -> Any:
+        """A copy of the scheduler as it stood before the run."""
+        shadow = self.copied(self._before)
         if self.counted:
             shadow._step_index, shadow._begin_index = None, position
         return shadow

@@ -122,10 +122,19 @@ def _churn(
     sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> dict[str, Any]:
     """Options of the churned samplers; the bounds are compared in the dtype of sigmas."""
-    dtype = sigmas.dtype if isinstance(sigmas, Tensor) else None
-    low, high = (float(torch.tensor(float(bound), dtype=dtype)) for bound in (s_tmin, s_tmax))
-    s_churn, s_noise = as_float("s_churn", s_churn), as_float("s_noise", s_noise)
-    return {"s_churn": s_churn, "s_tmin": low, "s_tmax": high, "s_noise": s_noise}
+    return {
+        "s_churn": as_float("s_churn", s_churn),
+        "s_tmin": _rounded(s_tmin, sigmas),
+        "s_tmax": _rounded(s_tmax, sigmas),
+        "s_noise": as_float("s_noise", s_noise),
+    }
+
+
+def _rounded(bound: float, sigmas: Tensor) -> float:
+    bound = float(bound)
+    if bound in (0.0, math.inf) or not isinstance(sigmas, Tensor):
+        return bound
+    return float(torch.tensor(bound, dtype=sigmas.dtype))
 
 
 def sample_euler(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastdiff.plan import SolverPlan
+from fastdiff.tracing.intercept import intercepted
 from fastdiff.tracing.linear_form import LinearForm, NotAffineError, number
 from fastdiff.tracing.record import Recorder
 
@@ -153,7 +153,7 @@ def trace_scheduler(
         options["return_dict"] = False
     scale = number(getattr(scheduler, "init_noise_sigma", 1.0), "init_noise_sigma")
     x = recorder.begin(1.0 if scale is None else scale)
-    with _Intercept(recorder), torch.no_grad():
+    with intercepted(recorder), torch.no_grad():
         for t in timesteps:
             x, output = recorder.call(x, t=float(t))
             row = recorder.rows[-1]
@@ -203,7 +203,7 @@ def trace_function(
         options["noise_sampler"] = _increments(recorder)
     if "disable" in accepted:
         options.setdefault("disable", True)
-    with _Intercept(recorder), torch.no_grad():
+    with intercepted(recorder), torch.no_grad():
         result = function(model, recorder.begin(float(levels[0])), levels, **options)
     if not isinstance(result, LinearForm):
         raise TypeError(f"{name} must return a sample, not {type(result).__name__}")
@@ -212,43 +212,15 @@ def trace_function(
 
 def _increments(recorder: Recorder) -> Callable[[Any, Any], LinearForm]:
     """A noise sampler: increments of one Brownian motion, which for functions that ask for
-    disjoint intervals are independent draws. An empty interval (a repeated noise level) gets a
-    draw of its own."""
+    disjoint intervals are independent draws. Towards lower noise levels they count positive, so
+    that a new interval's noise is its draw. An empty interval (a repeated noise level) gets a draw
+    of its own."""
 
     def sampler(begin: Any, end: Any) -> LinearForm:
-        low, high = float(begin), float(end)
+        high, low = float(begin), float(end)
         return recorder.drawn() if low == high else recorder.brownian(low, high)
 
     return sampler
-
-
-class _Intercept(TorchFunctionMode):
-    """For this thread only: random images become draws."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randn:
-            size = args[0] if args and not isinstance(args[0], int) else args
-            size = tuple(kwargs.get("size", size))
-            if size != tuple(self.recorder.shape):
-                raise NotAffineError("torch.randn", f"of shape {size} is not noise for an image")
-            return self.recorder.drawn(kwargs.get("dtype") or torch.get_default_dtype())
-        elif func in _RANDOM:
-            raise NotAffineError(f"torch.{func.__name__}", "is not a normal draw")
-        return func(*args, **kwargs)
-
-
-_RANDOM = {
-    torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.normal, torch.bernoulli,
-    torch.multinomial, torch.poisson, torch.randperm, Tensor.normal_, Tensor.uniform_,
-    Tensor.random_, Tensor.bernoulli_, Tensor.exponential_,
-}  # fmt: skip
 
 
 def _about(config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from fastdiff.plan import MAX_STATES, SolverPlan
 from fastdiff.schedules._values import as_flag, as_float, as_int
+from fastdiff.solvers.adams import adams_weights
 from fastdiff.solvers.sigma_space import (
     Denoiser,
     Tape,
@@ -319,29 +320,17 @@ def _lms(tape: Tape, *, order: int = 4) -> LinearForm:
     nodes: list[float] = []
     for i, sigma, sigma_next in tape.levels.steps():
         x, x_0 = tape.denoise(x, sigma, i)
-        if nodes and nodes[0] == sigma:  # a repeated level: the later call counts
-            del derivatives[0], nodes[0]
-        derivatives, nodes = [(x - x_0) / sigma, *derivatives], [sigma, *nodes]
-        del derivatives[order:], nodes[order:]
+        if nodes and nodes[-1] == sigma:  # a repeated level: the later call counts
+            del derivatives[-1], nodes[-1]
+        derivatives = [*derivatives, (x - x_0) / sigma][-order:]
+        nodes = [*nodes, sigma][-order:]
         if len(nodes) == 1:
             x = toward(x, x_0, sigma, sigma_next)
             continue
-        weights = lagrange_integrals(nodes, sigma, sigma_next)
-        for weight, d in zip(weights, derivatives, strict=True):
+        weights = adams_weights(np.array(nodes), sigma_next)
+        for weight, d in zip(weights.tolist(), derivatives, strict=True):
             x = x + weight * d
     return x
-
-
-def lagrange_integrals(nodes: list[float], begin: float, end: float) -> list[float]:
-    """Integrals of the Lagrange polynomials over distinct nodes, by Gauss-Legendre (exact)."""
-    points, weights = np.polynomial.legendre.leggauss((len(nodes) + 1) // 2)
-    tau = begin + (end - begin) * (points + 1) / 2
-    result = []
-    for j, own in enumerate(nodes):
-        others = np.array([node for k, node in enumerate(nodes) if k != j])
-        values = np.prod((tau[:, None] - others) / (own - others), axis=1)
-        result.append(float((weights * values).sum() * (end - begin) / 2))
-    return result
 
 
 FORMULAS: dict[str, Formula] = {

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff import schedules
 from fastdiff.plan import SolverPlan
-from fastdiff.schedules._values import as_flag, as_float, as_float_vector, as_int, refuse_where
+from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
+from fastdiff.schedules._values import as_flag, as_float, as_float_vector, refuse_where
+from fastdiff.schedules.spacing import SPACINGS
+from fastdiff.solvers.grid import LADDERS, grid, level, model_t
 from fastdiff.solvers.prediction import check_clip
 from fastdiff.solvers.prediction import denoised as x_0_of
 from fastdiff.tracing import LinearForm, Recorder
@@ -29,8 +31,6 @@ from fastdiff.tracing import LinearForm, Recorder
 __all__ = ["Call", "Denoiser", "Levels", "Tape", "ancestral", "churned", "levels_of", "toward"]
 
 FloatArray = NDArray[np.float64]
-LADDERS = ("karras", "exponential", "polyexponential", "lu", "beta")
-SPACINGS = ("linspace", "leading", "trailing")
 SCALINGS = ("ve", "vp", "flow")
 
 
@@ -46,7 +46,7 @@ class Levels:
 
     sigmas: FloatArray
     t: FloatArray | None = None
-    schedule: schedules.Schedule | None = None
+    schedule: Schedule | None = None
 
     def __len__(self) -> int:
         return len(self.sigmas) - 1
@@ -63,13 +63,12 @@ def levels_of(
     """Levels from an array, or `steps` levels of a schedule and the final one.
 
     Args:
-        sigmas: (R + 1,) real numbers, finite, > 0 but for the last; or a schedule with T levels.
-        ladder: with a schedule: "karras", "exponential", "polyexponential", "lu" or "beta" between
-            its ends; or "linspace", "leading" or "trailing" timesteps, sigma interpolated
-            linearly between the training timesteps (as diffusers' Euler and Heun schedulers do).
-        final: the level after the last call: "zero", or "sigma_min", the schedule's own.
+        sigmas: (R + 1,) real numbers, finite, > 0 but for the last; or a schedule.
+        ladder, final: with a schedule, solvers.grid's: a ladder "karras", "exponential", "beta" or
+            "lu" between its ends, or a spacing "linspace", "leading" or "trailing" with sigma
+            interpolated between the training timesteps, as diffusers' Euler and Heun schedulers do.
     """
-    if not hasattr(sigmas, "alpha_t"):
+    if not isinstance(sigmas, NoiseSchedule | GaussianPath):
         if steps is not None:
             raise ValueError("steps goes with a schedule: an array of sigmas has its own number")
         values = as_float_vector("sigmas", sigmas)
@@ -79,70 +78,51 @@ def levels_of(
         inner = np.append(values[:-1] == 0, False)
         refuse_where("sigmas", values, inner, "be > 0 before the last")
         return Levels(values)
-    schedule: schedules.Schedule = sigmas
     if steps is None:
         raise ValueError("steps must be given with a schedule")
-    n = as_int("steps", steps, 1)
-    if final not in ("zero", "sigma_min"):
-        raise ValueError(f"final must be zero or sigma_min, not {final!r}")
-    table = schedule.sigmas
-    usable = table[(table > 0) & np.isfinite(table)]
-    if usable.size != table.size:
-        raise ValueError(
-            "sigmas: the schedule has a level without noise or without signal (sigma = 0 or "
-            "infinite, zero terminal SNR), which sigma space cannot hold"
-        )
-    low, high = float(table[0]), float(table[-1])
-    t = None
     if ladder in LADDERS:
-        kept = getattr(schedules, ladder)(n, low, high, append_zero=False)
+        levels = grid(sigmas, steps, sigmas=ladder, final=final, convention="euler")
     elif ladder in SPACINGS:
-        T = len(schedule)
-        index = (
-            np.linspace(T - 1, 0, n)
-            if ladder == "linspace"
-            else schedules.timestep_spacing(T, n, ladder).astype(np.float64)
-        )
-        kept = np.interp(index, np.arange(T), table)
-        t = np.interp(index, np.arange(T), np.asarray(schedule.timesteps, np.float64))
+        levels = grid(sigmas, steps, spacing=ladder, final=final, convention="euler")
     else:
         allowed = ", ".join((*LADDERS, *SPACINGS))
         raise ValueError(f"ladder must be one of {allowed}, not {ladder!r}")
-    return Levels(np.append(kept, 0.0 if final == "zero" else low), t, schedule)
+    if levels.alpha[0] == 0:
+        raise ValueError(
+            "sigmas: the schedule begins without signal (zero terminal SNR), where sigma is "
+            "infinite: give a named ladder"
+        )
+    return Levels(levels.ratio, levels.t, sigmas)
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """D(x; sigma) = c_skip x + c_out F(c_in x; t) of one network.
 
-        prediction_type   c_skip           c_out                              t
-        "sample"          0                1                                  sigma
-        "epsilon"         1                -sigma                             of the schedule
-        "v_prediction"    1/(sigma^2 + 1)  -sigma/sqrt(sigma^2 + 1)           of the schedule
-        "edm"             s^2/(sigma^2 + s^2)  sigma s/sqrt(sigma^2 + s^2)    log(sigma) / 4
-        "edm_v"           as "edm"         minus that of "edm"                log(sigma) / 4
+        prediction_type   c_skip                 c_out                           t
+        "sample"          0                      1                               of the schedule
+        "epsilon"         1                      -sigma                          of the schedule
+        "v_prediction"    alpha_t^2              -sigma_t                        of the schedule
+        "edm"             s^2 / (sigma^2 + s^2)  sigma s / sqrt(sigma^2 + s^2)   log(sigma) / 4
+        "edm_v"           as "edm"               minus that of "edm"             log(sigma) / 4
 
-    with s = sigma_data. c_in is alpha_t: 1/sqrt(sigma^2 + 1) for "vp" scaling, 1 for "ve",
-    1/(sigma + 1) for "flow" (as are c_skip, c_out of any other type that prediction.py knows, and
-    of "epsilon" and "v_prediction" above for vp); 1/sqrt(sigma^2 + s^2) for the edm types (EDM
-    table 1, column "Ours").
+    c_in is alpha_t, and 1 / sqrt(sigma^2 + s^2) for the edm types with s = sigma_data (EDM table 1,
+    column "Ours"). sigma_t = sigma alpha_t; any other type is prediction.py's.
 
     Attributes:
-        scaling: "vp", "ve" or "flow": what the network was trained on. Default: the schedule's;
-            without one "ve" for "sample", else "vp".
-        schedule: gives t by interpolation over log sigma, as k-diffusion and diffusers do; without
-            it, and where its timesteps are its sigmas, t is sigma itself.
-        quantize: the nearest training timestep instead.
+        scaling: alpha_t: "vp" 1 / sqrt(sigma^2 + 1), "ve" 1, "flow" 1 / (sigma + 1). Default: the
+            schedule's own; without one "ve" for "sample", else "vp".
+        schedule: gives t (solvers.grid.model_t); without one t is sigma.
+        quantize: t of the nearest level of the schedule, in log sigma.
         clip: bounds of D, or None.
     """
 
     prediction_type: str = "sample"
     scaling: str | None = None
     sigma_data: float = 0.5
-    schedule: schedules.Schedule | None = None
+    schedule: Schedule | None = None
     quantize: bool = False
     clip: tuple[float, float] | None = None
-    _log_sigmas: FloatArray | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         as_flag("quantize", self.quantize)
@@ -150,15 +130,11 @@ class Denoiser:
         object.__setattr__(self, "sigma_data", as_float("sigma_data", self.sigma_data))
         if self.sigma_data <= 0:
             raise ValueError(f"sigma_data must be > 0, not {self.sigma_data}")
-        scaling = self.scaling
-        if self.schedule is not None:
-            object.__setattr__(self, "_log_sigmas", np.log(self.schedule.sigmas))
-            scaling = scaling or _scaling_of(self.schedule)
-        if scaling is None:
-            scaling = "ve" if self.prediction_type == "sample" else "vp"
-        if scaling not in SCALINGS:
-            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {scaling!r}")
-        object.__setattr__(self, "scaling", scaling)
+        if self.scaling is None and self.schedule is None:
+            default = "ve" if self.prediction_type == "sample" else "vp"
+            object.__setattr__(self, "scaling", default)
+        if self.scaling not in (*SCALINGS, None):
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r}")
         self.scalings(1.0)  # refuses unknown prediction types
 
     def scalings(self, sigma: float) -> tuple[float, float, float]:
@@ -167,42 +143,31 @@ class Denoiser:
             s, norm = self.sigma_data, math.hypot(sigma, self.sigma_data)
             c_out = sigma * s / norm
             return (s / norm) ** 2, c_out if self.prediction_type == "edm" else -c_out, 1 / norm
-        if self.scaling == "vp":
-            norm = math.hypot(sigma, 1.0)
-            if self.prediction_type == "epsilon":
-                return 1.0, -sigma, 1.0 / norm
-            alpha_t, sigma_t = 1.0 / norm, sigma / norm
-        elif self.scaling == "ve":
-            alpha_t, sigma_t = 1.0, sigma
-        else:
-            alpha_t, sigma_t = 1.0 / (1.0 + sigma), sigma / (1.0 + sigma)
-        p, q = x_0_of(self.prediction_type, np.array(alpha_t), np.array(sigma_t))
+        alpha_t = self._alpha(sigma)
+        if self.prediction_type == "epsilon":
+            return 1.0, -sigma, alpha_t
+        p, q = x_0_of(self.prediction_type, np.array(alpha_t), np.array(sigma * alpha_t))
         return float(p) * alpha_t, float(q), alpha_t
+
+    def _alpha(self, sigma: float) -> float:
+        if self.scaling is None:
+            assert self.schedule is not None
+            return float(level(self.schedule, sigma)[0])
+        return {"ve": 1.0, "vp": 1.0 / math.hypot(sigma, 1.0), "flow": 1.0 / (1.0 + sigma)}[
+            self.scaling
+        ]
 
     def t(self, sigma: float) -> float:
         """What the network is told about a noise level."""
         if self.prediction_type in ("edm", "edm_v"):
             return 0.25 * math.log(sigma)
-        if self.schedule is None or self._log_sigmas is None:
+        if self.schedule is None:
             return sigma
-        log_sigma = math.log(sigma)
-        index = float(np.interp(log_sigma, self._log_sigmas, np.arange(len(self._log_sigmas))))
         if self.quantize:
-            index = float(np.abs(self._log_sigmas - log_sigma).argmin())
-        times = np.asarray(self.schedule.timesteps, np.float64)
-        if np.array_equal(times, self.schedule.sigmas):
-            return sigma
-        return float(np.interp(index, np.arange(len(times)), times))
-
-
-def _scaling_of(schedule: schedules.Schedule) -> str:
-    alpha, sigma = schedule.alpha_t, schedule.sigma_t
-    for name, gap in (
-        ("ve", alpha - 1), ("vp", alpha**2 + sigma**2 - 1), ("flow", alpha + sigma - 1)
-    ):  # fmt: skip
-        if np.abs(gap).max() < 1e-6:
-            return name
-    raise ValueError("scaling must be given: the schedule is neither ve, vp nor flow")
+            with np.errstate(divide="ignore"):
+                distance = np.abs(np.log(self.schedule.sigmas) - math.log(sigma))
+            return float(self.schedule.timesteps[distance.argmin()])
+        return float(model_t(self.schedule, sigma))
 
 
 @dataclass
@@ -247,7 +212,10 @@ class Tape:
         self.calls: list[Call] = []
         self.first_churn = 0.0
         self._records_first_churn = first_churn
-        described = {"prediction_type": denoiser.prediction_type, "scaling": str(denoiser.scaling)}
+        described = {
+            "prediction_type": denoiser.prediction_type,
+            "scaling": denoiser.scaling or "of the schedule",
+        }
         if levels.schedule is not None:
             described["schedule"] = levels.schedule.name
         self._recorder = Recorder(name, described | (about or {}), draw_dtype="model_output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastdiff.solvers.dpmpp_sigma import phi_2
 from fastdiff.solvers.edm import ancestral_options
 from fastdiff.solvers.sigma_space import ancestral
 
-from .driver import Progress
+from .driver import Progress, check_drawn
 from .network import Network, network_of
 from .noise import default_noise_sampler
 from .sampling import Arguments, Callback, Sampler, Seed, _check_noise
@@ -75,7 +76,8 @@ def sample_dpm_adaptive(
     h = abs(as_float("h_init", h_init)) * (1 if forward else -1)
     controller = StepSizeController(h, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
     info: dict[str, Any] = {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
-    x_prev, original = x, x
+    x_prev, extra_args = x, extra_args or {}
+    trial = Trial(network, x, order, callback is not None)
 
     with torch.no_grad(), Progress(None, disable) as progress:
         while (t < t_end - 1e-5) if forward else (t > t_end + 1e-5):
@@ -86,8 +88,7 @@ def sample_dpm_adaptive(
             if eta:
                 sigma_down = max(low, ancestral(sigma, sigma_next, eta)[0])
                 sigma_up = math.sqrt((sigma_next - sigma_down) * (sigma_next + sigma_down))
-            trial = Trial(network, x, original, extra_args or {}, progress)
-            x_low, x_high = trial.run(order, sigma, sigma_down, callback is not None)
+            x_low, x_high = trial.run(x, sigma, sigma_down, extra_args, progress)
             delta = torch.maximum(x_low.abs(), x_prev.abs()).mul_(rtol).clamp_(min=atol)
             error = torch.linalg.vector_norm((x_low - x_high).div_(delta)) / x.numel() ** 0.5
             value = float(error)
@@ -104,7 +105,7 @@ def sample_dpm_adaptive(
                         x = x + (sigma_up * s_noise) * z
                 else:
                     assert noise_sampler is not None
-                    z = noise_sampler(_level(sigma), _level(sigma_next))
+                    z = check_drawn(noise_sampler(_level(sigma), _level(sigma_next)), x)
                     if sigma_up:
                         x = x + (sigma_up * s_noise) * z
                 t = t_next
@@ -118,7 +119,7 @@ def sample_dpm_adaptive(
                 callback(
                     {
                         "sigma": level, "sigma_hat": level, "x": x, "i": info["steps"] - 1,
-                        "t": at, "t_up": at, "denoised": trial.first_denoised, "error": error,
+                        "t": at, "t_up": at, "denoised": trial.denoised, "error": error,
                         "h": controller.h, **info,
                     }
                 )  # fmt: skip
@@ -153,63 +154,79 @@ class StepSizeController:
         return accepted
 
 
+@dataclass
+class Pass:
+    """Tensors made in one pass after a model call, as forms over what is kept and the output."""
+
+    forms: list[Form]
+    columns: list[int]
+    keep: bool
+    table: Tensor | None = None
+
+
 class Trial:
-    """One trial step: every tensor is a form over x and the outputs so far, made in one pass."""
+    """One trial step of a network: every tensor is a linear form over x and the outputs so far."""
 
-    def __init__(
-        self, network: Network, x: Tensor, original: Tensor, extra_args: Any, progress: Progress
-    ) -> None:
-        self._network, self._extra_args, self._progress = network, extra_args, progress
-        self._x, self._original = x, original
-        self._kept: dict[int, Tensor] = {0: x}  # by column: x and copies of outputs
-        self.first_denoised: Tensor | None = None
+    def __init__(self, network: Network, x: Tensor, order: int, preview: bool) -> None:
+        self._network, self._order, self._preview = network, order, preview
+        self._sigma_dtype = x.dtype
+        self._row = torch.zeros(1, dtype=torch.int64, device=x.device)
+        self.denoised: Tensor | None = None
 
-    def run(self, order: int, sigma: float, end: float, preview: bool) -> tuple[Tensor, Tensor]:
-        """(x_low, x_high) at sigma `end`."""
+    def forms(self, sigma: float, end: float) -> tuple[list[float], list[Pass]]:
+        """The levels at which the network is asked, and what is made after every call.
+
+        The first form of a pass is the next input, but for the last pass.
+        """
         h = math.log1p((sigma - end) / end)
-        x = _unit(0)
-        r_1 = 1 / 2 if order == 2 else 1 / 3
-        s_1, s_2 = sigma * math.exp(-r_1 * h), sigma * math.exp(-h * 2 / 3)
-
-        c_in = self._network.denoiser.scalings(sigma)[2]
-        seen = self._x * c_in if self._network.wrapped else self._x
-        output = self._ask(seen, sigma)
+        x, r_2 = _unit(0), 2 / 3
+        r_1 = 1 / 2 if self._order == 2 else 1 / 3
+        s_1, s_2 = sigma * math.exp(-r_1 * h), sigma * math.exp(-r_2 * h)
         eps = self._eps(x, sigma, 1)
         first = x - (sigma - end) * eps
         u_1 = x - (sigma - s_1) * eps
-        second_order_1 = (sigma - end) / (2 * r_1)
-        forms = [self._input(u_1, s_1)]
-        if order == 2:
-            forms.append(first)
-        if preview and self._network.wrapped:
-            forms.append(x - sigma * eps)
-        seen, *made = self._make(1, output, forms, keep=True)
-        if preview:
-            self.first_denoised = made[-1] if self._network.wrapped else output
-
-        output = self._ask(seen, s_1)
         eps_1 = self._eps(u_1, s_1, 2)
-        second = first - second_order_1 * (eps_1 - eps)
-        if order == 2:
-            (x_high,) = self._make(2, output, [second])
-            return made[0], x_high
-        r_2 = 2 / 3
+        second = first - ((sigma - end) / (2 * r_1)) * (eps_1 - eps)
+        made = [self._input(u_1, s_1)]
+        if self._order == 2:
+            made.append(first)
+        if self._preview and self._network.wrapped:
+            made.append(x - sigma * eps)
+        passes = [Pass(made, [0, 1], True)]
+        if self._order == 2:
+            return [sigma, s_1], [*passes, Pass([second], [0, 1, 2], False)]
         u_2 = x - (sigma - s_2) * eps + (s_2 * r_2 / r_1 * phi_2(-r_2 * h)) * (eps_1 - eps)
-        # eps_2 contains u_2, hence this output, unless the network predicts epsilon.
-        needed = self._network.denoiser.scalings(s_2)[0] != 1
-        seen, x_low = self._make(2, output, [self._input(u_2, s_2), second], keep=needed)
-
-        output = self._ask(seen, s_2)
         eps_2 = self._eps(u_2, s_2, 3)
-        (x_high,) = self._make(3, output, [first + (end / r_2 * phi_2(-h)) * (eps_2 - eps)])
-        return x_low, x_high
+        third = first + (end / r_2 * phi_2(-h)) * (eps_2 - eps)
+        # eps_2 contains u_2, hence the second output, unless the network predicts epsilon.
+        keep = bool(third[2] != 0)
+        passes.append(Pass([self._input(u_2, s_2), second], [0, 1, 2], keep))
+        passes.append(Pass([third], [0, 1, 2, 3] if keep else [0, 1, 3], False))
+        return [sigma, s_1, s_2], passes
 
-    def _ask(self, seen: Tensor, sigma: float) -> Tensor:
-        times = torch.full((1,), sigma, dtype=self._original.dtype, device=self._x.device)
-        t = self._network.times(times, self._x.shape[0])[0]
-        output = self._network.ask(seen, t, **self._extra_args)
-        self._progress.update()
-        return output
+    def run(
+        self, x: Tensor, sigma: float, end: float, extra_args: dict[str, Any], progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """(x_low, x_high) at sigma `end`."""
+        levels, passes = self.forms(sigma, end)
+        self._upload(passes, x)
+        host = torch.tensor(levels, dtype=torch.float64).to(self._sigma_dtype)
+        times = self._network.times(_sent(host, x.device), x.shape[0])
+        seen = x * self._network.denoiser.scalings(sigma)[2] if self._network.wrapped else x
+        kept, results = [x], []
+        for level, now in enumerate(passes):
+            output = self._network.ask(seen, times[level], **extra_args)
+            progress.update()
+            made = self._make(now, kept, output)
+            if now.keep:
+                kept.append(made.pop())
+            if level == 0 and self._preview:
+                self.denoised = made.pop() if self._network.wrapped else output
+            if level + 1 < len(passes):
+                seen = made.pop(0)
+            results += made
+        x_low, x_high = results
+        return x_low, x_high
 
     def _eps(self, u: Form, sigma: float, column: int) -> Form:
         """(u - D(u)) / sigma, with the model's output in a column."""
@@ -221,29 +238,39 @@ class Trial:
         c_in: float = self._network.denoiser.scalings(sigma)[2]
         return c_in * u
 
-    def _make(
-        self, column: int, output: Tensor, forms: list[Form], keep: bool = False
-    ) -> list[Tensor]:
-        """The tensors of forms over what is kept and this output, in one pass; with `keep` the
-        output is copied for later ones (a model may overwrite it at its next call)."""
-        dtype = torch.promote_types(self._x.dtype, output.dtype)
-        if keep:
-            forms = [*forms, _unit(column)]
-        columns = [*self._kept, column]
-        rows = [np.insert(form[columns], len(columns), 0.0)[None] for form in forms]
-        masks = tuple(sum(1 << int(k) for k in np.flatnonzero(row[0])) for row in rows)
-        table = torch.from_numpy(pack_table(1, rows)).to(compute_dtype(dtype))
-        states = list(self._kept.values())
+    def _upload(self, passes: list[Pass], x: Tensor) -> None:
+        """The tables of all passes, in one copy."""
+        tables = []
+        for now in passes:
+            if now.keep:  # a copy of the output, which a model may overwrite at its next call
+                now.forms = [*now.forms, _unit(now.columns[-1])]
+            rows = [np.append(form[now.columns], 0.0)[None] for form in now.forms]
+            tables.append(pack_table(1, rows))
+        flat = torch.from_numpy(np.concatenate(tables, axis=1)).to(compute_dtype(x.dtype))
+        parts = _sent(flat, x.device).split([table.shape[1] for table in tables], dim=1)
+        for now, part in zip(passes, parts, strict=True):
+            now.table = part.clone()
+
+    def _make(self, now: Pass, kept: list[Tensor], output: Tensor) -> list[Tensor]:
+        dtype, table = torch.promote_types(kept[0].dtype, output.dtype), now.table
+        assert table is not None
         if dtype == torch.float64:
-            states, output = [state.double() for state in states], output.double()
-        made = call_step(
-            states, StepSpec(len(states), masks), table.to(self._x.device),
-            torch.zeros(1, dtype=torch.int64, device=self._x.device), model_outputs=[output],
-            out_dtypes=[dtype] * len(forms),
+            kept, output, table = [k.double() for k in kept], output.double(), table.double()
+        masks = tuple(
+            sum(1 << k for k, column in enumerate(now.columns) if form[column] != 0)
+            for form in now.forms
+        )
+        return call_step(
+            kept, StepSpec(len(kept), masks), table, self._row, model_outputs=[output],
+            out_dtypes=[dtype] * len(now.forms),
         )  # fmt: skip
-        if keep:
-            self._kept[column] = made.pop()
-        return made
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _unit(column: int) -> Form:

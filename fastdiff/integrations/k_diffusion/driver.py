@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.noise import STREAM_STEP_SECOND
-from fastdiff.ops.call import call_step
-from fastdiff.ops.checks import check_sample
+from fastdiff.ops.call import call_step, pack_table
+from fastdiff.ops.checks import FLOATING, check_sample
 from fastdiff.ops.draw import randn
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
@@ -24,7 +24,7 @@ from fastdiff.solvers.sigma_space import Call, Denoiser, Tape, levels_of
 from .network import Network, network_of
 from .noise import NoiseSampler
 
-__all__ = ["Progress", "Script", "compile_script", "read_sigmas", "run_script"]
+__all__ = ["Progress", "Script", "check_drawn", "compile_script", "read_sigmas", "run_script"]
 
 FORMULAS = edm.FORMULAS | dpmpp_sigma.FORMULAS
 # When upstream's sample takes the dtype of sigmas too (to_d() gives sigma as many dimensions as x):
@@ -144,7 +144,7 @@ def run_script(
     plan, calls = script.plan, script.calls
     original, wide = x, x.dtype
     host = torch.tensor(script.sigmas, dtype=torch.float64).to(dtype).to(x.dtype)
-    times = network.times(host.to(x.device), x.shape[0])
+    times = network.times(host.to(x.device), x.shape[0]).unbind()
 
     if seed is not None:
         if script.first_churn:
@@ -158,6 +158,7 @@ def run_script(
             x = x + script.first_churn * z
 
     run: Run | None = None
+    preview: _Preview | None = None
     first = x.dtype
     for row, call in enumerate(calls):
         if run is not None:
@@ -174,7 +175,8 @@ def run_script(
         if callback is not None and call.opens:
             denoised = output
             if network.wrapped:
-                denoised = _denoised(network, call.sigma, x, output, denoised_dtype)
+                preview = preview or _Preview(network, script.sigmas, x)
+                denoised = preview(row, x, output, denoised_dtype)
             callback({"x": x, "i": call.step, "denoised": denoised, **about(call.step, call.sigma)})
         wide = _promoted([wide, denoised_dtype, *([dtype] if script.widens[row] else [])])
         drawn: Tensor | None = None
@@ -184,7 +186,7 @@ def run_script(
                 drawn = torch.randn_like(original, dtype=wide)
             else:
                 assert noise is not None
-                drawn = noise(*query(kind, step))
+                drawn = check_drawn(noise(*query(kind, step)), x)
                 wide = _promoted([wide, drawn.dtype])
         if run is None:
             used = bool(plan.draws_noise.any())
@@ -196,7 +198,7 @@ def run_script(
         given = None
         if plan.n_draws and not seeded:
             given = [run.x if drawn is None else _fitted(drawn, run.x)] * plan.n_draws
-        output = _fitted(output, run.x, shape=False)
+        output = _fitted(output, run.x, draw=False)
         x = run.step(output, noise=given, result_dtype=_kept(wide, first))
         if per_call or row + 1 == len(calls) or calls[row + 1].opens:
             progress.update()
@@ -217,31 +219,47 @@ def _kept(wide: torch.dtype, first: torch.dtype) -> torch.dtype | None:
     return None if wide == first or torch.float64 in (wide, first) else wide
 
 
-def _fitted(value: Tensor, x: Tensor, shape: bool = True) -> Tensor:
+def _fitted(value: Tensor, x: Tensor, draw: bool = True) -> Tensor:
     """A draw or output as the step takes it: float64 with float64 only; draws row-major."""
     if value.dtype != x.dtype and torch.float64 in (value.dtype, x.dtype):
         value = value.to(x.dtype)
-    return value.expand_as(x).contiguous() if shape else value
+    return value.contiguous() if draw else value
 
 
 def _never(row: int, draw: int) -> Tensor:
     raise AssertionError(f"draw {draw} of row {row} was not handed to the step")
 
 
-def _denoised(
-    network: Network, sigma: float, x: Tensor, output: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """c_skip x + c_out output in one pass, for a callback."""
-    c_skip, c_out, _ = network.denoiser.scalings(sigma)
-    double = dtype == torch.float64
-    table = torch.tensor(
-        [[-np.inf, np.inf, 1.0, 0.0, 0.0, 0.0, 0.0, c_skip, c_out, 0.0]],
-        dtype=torch.float64 if double else torch.float32, device=x.device,
-    )  # fmt: skip
-    if double:
-        x, output = x.double(), output.double()
-    (denoised,) = call_step(
-        [x], StepSpec(1, (0b11,)), table, torch.zeros(1, dtype=torch.int64, device=x.device),
-        model_outputs=[output], out_dtypes=[dtype],
-    )  # fmt: skip
-    return denoised
+def check_drawn(drawn: Any, x: Tensor) -> Tensor:
+    """What a noise sampler gave: a tensor that can stand beside x."""
+    if not isinstance(drawn, Tensor):
+        raise TypeError(f"noise_sampler must return a torch.Tensor, not {type(drawn).__name__}")
+    if drawn.shape != x.shape or drawn.device != x.device or drawn.dtype not in FLOATING:
+        raise ValueError(
+            f"noise_sampler must return {tuple(x.shape)} of a floating dtype on {x.device}, not "
+            f"{tuple(drawn.shape)} {drawn.dtype} on {drawn.device}"
+        )
+    return drawn
+
+
+class _Preview:
+    """c_skip x + c_out output of any row in one pass, for a callback; one upload a run."""
+
+    def __init__(self, network: Network, sigmas: tuple[float, ...], x: Tensor) -> None:
+        scalings = np.array([network.denoiser.scalings(sigma)[:2] for sigma in sigmas])
+        rows = np.concatenate([scalings, np.zeros((len(sigmas), 1))], axis=1)  # x, o, c
+        self._table = torch.from_numpy(pack_table(len(sigmas), [rows])).to(x.device)
+        self._rows = torch.arange(len(sigmas), device=x.device)
+
+    def __call__(self, row: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+        # float64 in memory; float32 math is the rule below float64.
+        table = self._table
+        if dtype == torch.float64:
+            x, output = x.double(), output.double()
+        else:
+            table = table.float()
+        (denoised,) = call_step(
+            [x], StepSpec(1, (0b11,)), table, self._rows[row : row + 1], model_outputs=[output],
+            out_dtypes=[dtype],
+        )  # fmt: skip
+        return denoised

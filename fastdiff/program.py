@@ -81,11 +81,7 @@ class Variant:
         if self.preview:
             outputs.append(plan.x_start[:, kept])
         clamp = None if plan.P is None else plan.P[:, _columns(plan, self.reads, 1)]
-        header: dict[str, Any] = {}
-        for name in ("lo", "hi", "c_in", "half_log_variance_min", "half_log_variance_max"):
-            if getattr(plan, name) is not None:
-                header[name] = getattr(plan, name)
-        return pack_table(plan.rows, outputs, clamp, header)
+        return pack_table(plan.rows, outputs, clamp, _header(plan, "lo", "hi", "c_in", *_VARIANCE))
 
     def clamped_spec(self, plan: SolverPlan, noise_dtype: torch.dtype) -> StepSpec:
         """The structure of a pass that makes the clamp node's own value, before clamping."""
@@ -100,7 +96,8 @@ class Variant:
     def clamped_table(self, plan: SolverPlan) -> FloatArray:
         assert plan.P is not None
         rows = plan.P[:, _columns(plan, self.reads, 1)]
-        return pack_table(plan.rows, [np.insert(rows, len(self.reads) + 1, 0.0, axis=1)])
+        rows = np.insert(rows, len(self.reads) + 1, 0.0, axis=1)
+        return pack_table(plan.rows, [rows], header=_header(plan, *_VARIANCE))
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ class RowCall:
         reads, writes: as in its Variant.
         memory: for every write, the state before the call whose buffer the result may take
             (no one needs it any more), or NEW.
-        moves: (k, j): state k takes over the memory of state j, untouched.
+        moves: (k, j): state k takes over the memory of state j, untouched; in place also where k is
+            forgotten and j was: memory for a later row.
         keeps_output: states that become the model output's own memory.
         clamped: whether the row uses the clamp node.
     """
@@ -137,8 +135,10 @@ class Program:
         calls = []
         # States whose memory a result may not take: the caller's or the model's.
         foreign = set(range(plan.states - len(plan.inputs), plan.states))
-        if not mode.in_place:
+        keeps_sample = not mode.in_place or not mode.own_sample
+        if keeps_sample:
             foreign.add(0)
+        held = {0} | foreign  # states that have memory
         for i in range(plan.rows):
             moves, kept, writes = self._sort_states(i)
             used = [_mask(plan.A[i, k]) for k in writes]
@@ -155,15 +155,19 @@ class Program:
             if index == len(masks):
                 masks.append([0] * len(used))
             masks[index] = [a | b for a, b in zip(masks[index], used, strict=True)]
-            free = set(range(plan.states)) - foreign - {j for _, j in moves}
+            free = held - foreign - {j for _, j in moves}
             memory = []
             for k in writes:
                 choice = k if k in free else max(free, default=NEW)
                 free.discard(choice)
                 memory.append(choice)
+            if mode.in_place:
+                idle = set(range(plan.states)) - {k for k, _ in moves} - {*writes, *kept}
+                moves += tuple(zip(sorted(idle), sorted(free), strict=False))
+            held = {k for k, j in moves if j in held} | {*writes, *kept}
             calls.append(RowCall(index, reads, writes, tuple(memory), moves, kept, clamped))
             foreign = {k for k, j in moves if j in foreign} | set(kept)
-            if not mode.in_place:
+            if keeps_sample:
                 foreign.add(0)
         self.calls = tuple(calls)
         self.variants = tuple(
@@ -185,12 +189,16 @@ class Program:
         moves: list[tuple[int, int]] = []
         kept: list[int] = []
         writes = [0]
-        taken: set[int] = set()
+        # A state's memory may be taken over, once; that of the caller's inputs may not.
+        inputs = range(plan.states - len(plan.inputs), plan.states)
+        taken = set(inputs)
         for k in range(1, plan.states):
             columns = np.flatnonzero(plan.A[i, k])
             alone = len(columns) == 1 and plan.A[i, k, columns[0]] == 1
             source = int(columns[0]) if alone else NEW
-            if 0 <= source < plan.states and source not in taken and (source or mode.own_sample):
+            if k in inputs:
+                moves.append((k, k))
+            elif 0 <= source < plan.states and source not in taken and (source or mode.own_sample):
                 moves.append((k, source))
                 taken.add(source)
             elif source == plan.states and mode.fresh_outputs and not plan.learned:
@@ -284,6 +292,13 @@ def _together(arrays: list[FloatArray], device: torch.device, dtype: torch.dtype
     for array, part in zip(arrays, uploaded.split(sizes), strict=True):
         views.append(part[: array.size].view(array.shape))
     return views
+
+
+_VARIANCE = ("half_log_variance_min", "half_log_variance_max")
+
+
+def _header(plan: SolverPlan, *names: str) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in names if getattr(plan, name) is not None}
 
 
 def _columns(plan: SolverPlan, reads: tuple[int, ...], fixed: int) -> list[int]:

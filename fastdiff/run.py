@@ -316,8 +316,9 @@ class Run:
         results, reused = [], [] if self._input is None else [self._input]
         for k, source in zip(call.writes, call.memory, strict=True):
             buffer = old[source] if source >= 0 else None
-            if buffer is None:
-                buffer = make(like, dtype=dtype if k else result_dtype, memory_format=layout)
+            wanted = dtype if k else result_dtype
+            if buffer is None or buffer.dtype != wanted:
+                buffer = make(like, dtype=wanted, memory_format=layout)
             else:
                 reused.append(buffer)
             results.append(buffer)

@@ -30,6 +30,7 @@ def threshold_of(value: Tensor, ratio: float, largest: float) -> Tensor:
     # From the largest down; NaN counts as largest.
     top = magnitude.topk(n - below, dim=1, sorted=True).values.double()
     low, high = top[:, -1], top[:, -2 if below + 1 < n else -1]
-    q = low + (rank - below) * (high - low)
+    q = torch.where(low == high, low, low + (rank - below) * (high - low))  # inf - inf is NaN
+    q = low if rank == below else q
     q = torch.where(top[:, 0].isnan(), torch.nan, q)
     return q.clamp(1.0, largest).to(torch.float32)

@@ -37,7 +37,9 @@ Terms = dict[int, float]
 Slots = list[Terms | None]  # history by slot; None where a slot is free
 
 # A direction of this relative size is rounding of the float64 arithmetic before it.
-RANK = 1e-9
+RANK = 1e-12
+# The same, of a functional's part relative to all of it.
+CANCELLED = 1e-13
 # A natural candidate is taken when at least this much of it is new: bounds the condition number.
 SEPARATE = 0.05
 
@@ -61,24 +63,28 @@ def _refuse_constant(terms: Terms, what: str) -> None:
         raise NotAffineError("add", f"puts the constant {terms[CONSTANT]:g} into {what}")
 
 
-def _restricted(terms: Terms, first: int, inputs: Iterable[int]) -> Terms:
-    """The part over variables before `first`; the caller's own inputs are at hand at all times."""
-    return {k: v for k, v in terms.items() if k < first and k not in inputs}
+def _restricted(terms: Terms, first: int) -> Terms:
+    """The part over variables before `first`, unless it is what rounding left of a cancellation."""
+    part = {k: v for k, v in terms.items() if k < first}
+    return part if part and _size(part) > CANCELLED * _size(terms) else {}
+
+
+def _size(terms: Terms) -> float:
+    return max(map(abs, terms.values()))
 
 
 class _Space:
     """A subspace of functionals with a fixed set of columns, orthonormal inside."""
 
     def __init__(self, groups: Iterable[Iterable[Terms]]) -> None:
-        keys = sorted({key for group in groups for terms in group for key in terms})
+        keys = sorted(set().union(*(terms for group in groups for terms in group)))
         self._column = {key: k for k, key in enumerate(keys)}
         self._keys = keys
         self.basis = np.zeros((0, len(keys)))
 
     def dense(self, terms: Terms) -> FloatArray:
         vector = np.zeros(len(self._keys))
-        for key, value in terms.items():
-            vector[self._column[key]] = value
+        vector[[self._column[key] for key in terms]] = list(terms.values())
         return vector
 
     def sparse(self, vector: FloatArray) -> Terms:
@@ -106,14 +112,14 @@ class _Space:
         return True
 
     def contains(self, vector: FloatArray) -> bool:
-        size = np.linalg.norm(vector)
-        return bool(np.linalg.norm(self.residual(vector)) <= 10 * RANK * size)
+        rest = vector - (vector @ self.basis.T) @ self.basis
+        return bool(rest @ rest <= (10 * RANK) ** 2 * (vector @ vector))
 
 
 def _independent(rows: list[Terms], modulo: list[Terms]) -> list[Terms]:
     """A largest independent part of the rows, best conditioned first."""
-    if len(rows) < 2 and not modulo:
-        return rows
+    if not modulo and all(_ratio(rows[0], other) is not None for other in rows[1:]):
+        return rows[:1]
     space = _Space([rows, modulo])
     for terms in modulo:
         space.add(space.dense(terms), RANK)
@@ -132,7 +138,7 @@ def _independent(rows: list[Terms], modulo: list[Terms]) -> list[Terms]:
 
 def _needed(recorder: Recorder, targets: list[Terms]) -> list[list[Terms]]:
     """W_i for every row: functionals of the past that span what rows i.. need of it."""
-    rows, inputs = recorder.rows, set(recorder.inputs.values())
+    rows = recorder.rows
     needed: list[list[Terms]] = [[] for _ in rows]
     after: list[Terms] = []
     for i in range(len(rows) - 1, -1, -1):
@@ -140,7 +146,7 @@ def _needed(recorder: Recorder, targets: list[Terms]) -> list[list[Terms]]:
         wanted = [targets[i], *after]
         if row.clamp is not None:
             wanted.append(row.clamp.form.terms)
-        past = [_restricted(terms, row.first, inputs) for terms in wanted]
+        past = [_restricted(terms, row.first) for terms in wanted]
         past = [terms for terms in past if terms]
         if past:
             past = _independent(past, [] if recorder.open_loop else [row.seen.terms])
@@ -177,10 +183,11 @@ def _basis(
 ) -> tuple[set[int], list[Terms]]:
     """Slots that are kept and functionals that are written after a row, spanning `wanted`."""
     before = {k: terms for k, terms in enumerate(held) if terms is not None}
+    if len(wanted) == 1 and not sample:
+        return _line(row, end, wanted[0], before)
     unit = [{row.output: 1.0}]
     unit.insert(0, row.seen.terms if row.x is None else {row.x: 1.0})
-    inputs = set(recorder.inputs.values())
-    hints = [_restricted(form.terms, end, inputs) for form in row.hints if form.terms]
+    hints = [_restricted(form.terms, end) for form in row.hints if form.terms]
     hints = [terms for terms in hints if terms and CONSTANT not in terms]
     every = [wanted, sample, before.values(), unit, hints]
     space, chosen = _Space(every), _Space(every)
@@ -216,6 +223,35 @@ def _basis(
         for direction in directions[: count - len(chosen.basis)]:
             new.append(chosen.sparse(direction / np.abs(direction).max()))
     return kept, new
+
+
+def _line(
+    row: Row, end: int, wanted: Terms, before: dict[int, Terms]
+) -> tuple[set[int], list[Terms]]:
+    """_basis() of a single functional: history that is a multiple of it, a tensor that the traced
+    code keeps, or itself."""
+    for k, terms in before.items():
+        if _ratio(terms, wanted) is not None:
+            return {k}, []
+    if len(wanted) == 1:
+        return set(), [dict.fromkeys(wanted, 1.0)]
+    for form in row.hints:
+        if len(form.terms) == len(wanted) and _ratio(form.terms, wanted) is not None:
+            return set(), [form.terms]
+    size = _size(wanted)
+    return set(), [{key: value / size for key, value in wanted.items()}]
+
+
+def _ratio(a: Terms, b: Terms, tolerance: float = RANK) -> float | None:
+    """b / a when one is a multiple of the other."""
+    if a.keys() != b.keys():
+        return None
+    key = max(a, key=lambda k: abs(a[k]))
+    ratio = b[key] / a[key]
+    slack = tolerance * abs(b[key])
+    if all(abs(value - ratio * a[k]) <= slack for k, value in b.items()):
+        return ratio
+    return None
 
 
 def _of_this_call(space: _Space, first: int, wanted: list[Terms]) -> list[Terms]:
@@ -325,7 +361,9 @@ class _Assembly:
         if row.clamp is not None:
             columns[row.clamp.variable] = N + 1
         columns |= {draw.variable: N + 2 + k for k, draw in enumerate(row.draws)}
-        columns |= {key: 1 + self.history + k for k, key in enumerate(self.inputs)}
+        for k, given in enumerate(self.inputs):
+            if i in given:
+                columns[given[i]] = 1 + self.history + k
         past: Terms = {}
         for key, value in terms.items():
             column = columns.get(key)
@@ -335,12 +373,13 @@ class _Assembly:
                 past[key] = value
             else:
                 raise NotAffineError("the sampler", f"uses {self.recorder.variable_name(key)}")
+        past = _restricted(terms, row.first) if past else past
         if not past:
             return coefficients
         sources = {1 + k: s for k, s in enumerate(self.held[i]) if s is not None}
         if row.x is None:
             sources[0] = row.seen.terms
-        solved = _solve(past, sources)
+        solved = _solve(past, sources, 10 * CANCELLED * _size(terms))
         if solved is None:
             return None
         for k, value in solved.items():
@@ -367,20 +406,23 @@ def from_history(recorder: Recorder, row: int, form: LinearForm) -> dict[int, fl
     return _solve(form.terms, {1 + k: terms for k, terms in enumerate(held) if terms is not None})
 
 
-def _solve(target: Terms, sources: dict[int, Terms]) -> dict[int, float] | None:
-    """target = sum_k a_k source_k, or None when there is no such sum."""
+def _solve(target: Terms, sources: dict[int, Terms], least: float = 0.0) -> dict[int, float] | None:
+    """target = sum_k a_k source_k, or None when there is no such sum; what is missing may be
+    `least`."""
     for k, source in sources.items():
-        if source == target:
-            return {k: 1.0}
+        ratio = _ratio(source, target, RANK if len(sources) == 1 else 1e-15)
+        if ratio is not None:
+            return {k: ratio}
+    if len(sources) < 2:
+        return None
     space = _Space([sources.values(), [target]])
     vector = space.dense(target)
     matrix = np.array([space.dense(source) for source in sources.values()])
-    if not len(matrix):
-        return None
     sizes = np.linalg.norm(matrix, axis=1)
     values = np.linalg.lstsq((matrix / sizes[:, None]).T, vector, rcond=None)[0]
-    size = np.linalg.norm(vector)
-    if np.linalg.norm(values @ (matrix / sizes[:, None]) - vector) > 100 * RANK * size:
+    size = float(np.linalg.norm(vector))
+    missing = float(np.linalg.norm(values @ (matrix / sizes[:, None]) - vector))
+    if missing > max(100 * RANK * size, least):
         return None
     values[np.abs(values) < 1e-13 * size] = 0.0
     return dict(zip(sources, (float(v) for v in values / sizes), strict=True))

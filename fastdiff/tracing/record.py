@@ -101,7 +101,7 @@ class Recorder:
         self.output_dtype = output_dtype
         self.rows: list[Row] = []
         self.names: list[str] = []
-        self.inputs: dict[str, int] = {}
+        self.inputs: dict[str, dict[int, int]] = {}  # by name and call
         self.initial_scale = 1.0
         self.first_draws: list[Draw] = []
         self.initial: LinearForm | None = None
@@ -133,10 +133,13 @@ class Recorder:
         return self.initial
 
     def input(self, name: str) -> LinearForm:
-        """A tensor that the caller supplies at every call."""
-        if name not in self.inputs:
-            self.inputs[name] = self._variable(name)
-        return self._form(self.inputs[name])
+        """A tensor that the caller supplies at every call; this is that of the last call."""
+        if not self.rows:
+            raise ValueError("input() belongs to a call")
+        i, given = len(self.rows) - 1, self.inputs.setdefault(name, {})
+        if i not in given:
+            given[i] = self._variable(f"{name}_{i}")
+        return self._form(given[i])
 
     def call(self, x: LinearForm, t: float, c_in: float = 1.0) -> tuple[LinearForm, LinearForm]:
         """A model call: returns the sample that it saw (a fresh variable in an open loop) and the

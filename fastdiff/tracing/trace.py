@@ -78,7 +78,9 @@ def _trace_ready(
         setting["num_inference_steps"] = int(steps)
     if setting:
         scheduler.set_timesteps(**setting)
-    elif getattr(scheduler, "num_inference_steps", 1) is None:
+    elif getattr(scheduler, "num_inference_steps", None) is None and not getattr(
+        scheduler, "custom_timesteps", False
+    ):
         raise ValueError("steps must be given: the scheduler's timesteps are not set")
     known = inspect.signature(scheduler.step).parameters
     for name in options:
@@ -195,7 +197,7 @@ def trace_function(
         level = number(sigma, "the model's sigma")
         if not isinstance(x, LinearForm) or level is None:
             raise NotAffineError("the model", f"is called with {type(x).__name__}")
-        _, output = recorder.call(x, t=level)
+        output = recorder.call(x, t=level)[1]
         recorder.preview(output)
         return output
 

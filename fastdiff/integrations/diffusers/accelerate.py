@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -14,13 +13,13 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import METHODS, Noising
+from fastdiff.integrations.diffusers.shadow import copied, said
+from fastdiff.integrations.diffusers.single import SingleSteps
 from fastdiff.integrations.diffusers.stepping import Options, Stepper
 
 __all__ = ["accelerate"]
 
 X = TypeVar("X")
-log = logging.getLogger("fastdiff")
-
 _STEPPER, _NOISING = "_fastdiff_stepper", "_fastdiff_noising"
 _OPTIONS = "_fastdiff_options"
 
@@ -86,12 +85,16 @@ class Accelerated:
         return super().__getattr__(name)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: v for name, v in vars(self).items() if name not in (_STEPPER, _NOISING)}
-        return _rebuilt, (self._fastdiff_upstream, _options(self), state)
+        stepper: Stepper | None = vars(self).get(_STEPPER)
+        saved = None if stepper is None else stepper.saved()
+        return _rebuilt, (self._fastdiff_upstream, _options(self), _state(self), saved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        state = {name: v for name, v in vars(self).items() if name not in (_STEPPER, _NOISING)}
-        return _rebuilt(self._fastdiff_upstream, _options(self), copy.deepcopy(state, memo))
+        function, (upstream, options, state, saved) = self.__reduce_ex__(4)
+        other = function(upstream, options, *copy.deepcopy((state, saved), memo))
+        if saved is not None:
+            vars(self)[_STEPPER].hand_on(vars(other)[_STEPPER])
+        return other
 
 
 def _options(scheduler: Any) -> Options:
@@ -99,16 +102,29 @@ def _options(scheduler: Any) -> Options:
     return options
 
 
-def _rebuilt(upstream: type, options: Options, state: dict[str, Any]) -> Any:
+def _state(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's own attributes."""
+    return {name: v for name, v in vars(scheduler).items() if name not in (_STEPPER, _NOISING)}
+
+
+def _rebuilt(
+    upstream: type, options: Options, state: dict[str, Any], saved: dict[str, Any] | None = None
+) -> Any:
+    """An accelerated scheduler with these attributes, which goes on from a run that was saved."""
     cls: Any = _subclass(upstream, options)
     scheduler = cls.__new__(cls)
     vars(scheduler).update(state)
+    if saved is not None:
+        _stepper(scheduler).resume(saved)
     return scheduler
 
 
 def _instance(scheduler: Any, options: Options) -> Any:
     upstream = _upstream_of(type(scheduler))
-    state = {name: v for name, v in vars(scheduler).items() if name not in (_STEPPER, _NOISING)}
+    state = _state(scheduler)
+    stepper: Stepper | None = vars(scheduler).get(_STEPPER)
+    if stepper is not None:
+        state = {**stepper.put_away(), **state}
     return _rebuilt(upstream, options, state)
 
 
@@ -152,8 +168,12 @@ def _make(upstream: Any, options: Options) -> type:
         for name in ("set_timesteps", "set_begin_index"):
             if hasattr(upstream, name):
                 namespace[name] = _resetting(getattr(upstream, name))
+    elif {"model_output", "sample"} <= set(names):
+        namespace["step"] = _single(upstream)
+        if hasattr(upstream, "set_timesteps"):
+            namespace["set_timesteps"] = _resetting(upstream.set_timesteps)
     else:
-        log.warning("%s runs on its own step: its arguments are its own", upstream.__name__)
+        said(upstream, "its step takes no model_output and sample")
     for name in METHODS:
         if hasattr(upstream, name):
             namespace[name] = _noising(upstream, name)
@@ -173,6 +193,29 @@ def _step(upstream: Any, others: tuple[str, ...]) -> Callable[..., Any]:
             if name not in others:
                 raise TypeError(f"step() got an unexpected keyword argument {name!r}")
         return _stepper(self).step(model_output, timestep, sample, kwargs)
+
+    return step
+
+
+def _single(upstream: Any) -> Callable[..., Any]:
+    signature = inspect.signature(upstream.step)
+
+    @functools.wraps(upstream.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        steps: SingleSteps | None = vars(self).get(_STEPPER)
+        if steps is None or steps.scheduler is not self:
+            given = _options(self)
+            steps = SingleSteps(
+                self, upstream, lambda: copied(upstream, vars(self)), given.seed,
+                given.sample_offset, given.backend,
+            )  # fmt: skip
+            vars(self)[_STEPPER] = steps
+        results = steps(arguments)
+        if isinstance(results, str):
+            said(upstream, results)
+            return upstream.step(self, *args, **kwargs)
+        return results
 
     return step
 
@@ -208,7 +251,9 @@ def _noising(upstream: Any, name: str) -> Callable[..., Any]:
         _, sample, *_ = values.values()
         noise = values.get("noise")
         timesteps = values.get(third if second == "noise" else second)
-        noising = vars(self).setdefault(_NOISING, Noising(self, upstream, _stepper(self).copied))
+        noising = vars(self).setdefault(
+            _NOISING, Noising(self, upstream, lambda: copied(upstream, vars(self)))
+        )
         result = noising(name, sample, noise, timesteps)
         return method(self, *args, **kwargs) if result is None else result
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Observed", "observe"]
+__all__ = ["Draws", "Observed", "observe"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Observed:
         output_class: of the result with return_dict=True, and its fields.
         result_dtypes: of the tuple with return_dict=False.
         draw_dtype: of the random tensors that the step draws; None when it draws none.
+        kept_dtype: the widest of the images that the scheduler keeps; None when it keeps none.
     """
 
     output_class: type | None
     fields: tuple[str, ...]
     result_dtypes: tuple[torch.dtype, ...]
     draw_dtype: torch.dtype | None
+    kept_dtype: torch.dtype | None
 
 
-class _Draws(TorchFunctionMode):
+class Draws(TorchFunctionMode):
     """Notes the dtypes of random tensors that this thread makes, without drawing them."""
 
     def __init__(self) -> None:
@@ -81,18 +83,27 @@ def observe(
         scheduler.noise_sampler = lambda *_: torch.zeros_like(x)
     takes_dict = "return_dict" in inspect.signature(scheduler.step).parameters
     result: Any = None
-    with torch.no_grad(), _Draws() as drawn:
+    with torch.no_grad(), Draws() as drawn:
         for t in timesteps:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             result = scheduler.step(o, t, x, **options)
             if drawn.dtypes or not draws:
                 break
+    draw_dtype = drawn.dtypes[0] if drawn.dtypes else None
+    kept = _kept(scheduler, x.shape)
     if not takes_dict or isinstance(result, tuple):
-        dtypes = tuple(value.dtype for value in result)
-        return Observed(None, (), dtypes, drawn.dtypes[0] if drawn.dtypes else None)
+        return Observed(None, (), tuple(value.dtype for value in result), draw_dtype, kept)
     filled = {name: value for name, value in result.items() if value is not None}
-    return Observed(
-        type(result), tuple(filled), tuple(value.dtype for value in filled.values()),
-        drawn.dtypes[0] if drawn.dtypes else None,
-    )  # fmt: skip
+    dtypes = tuple(value.dtype for value in filled.values())
+    return Observed(type(result), tuple(filled), dtypes, draw_dtype, kept)
+
+
+def _kept(scheduler: Any, shape: torch.Size) -> torch.dtype | None:
+    """The widest dtype of the images among a scheduler's attributes."""
+    found = None
+    for value in vars(scheduler).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Tensor) and len(shape) > 1 and item.shape == shape:
+                found = item.dtype if found is None else torch.promote_types(found, item.dtype)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.identity import Cache, digest
 from fastdiff.integrations.diffusers.observe import Observed, observe
+from fastdiff.integrations.diffusers.shadow import attributes_of, copied, said
 from fastdiff.ops.checks import FLOATING
 from fastdiff.plan import SolverPlan
 from fastdiff.run import Run
@@ -20,8 +21,6 @@ from fastdiff.tracing.realize import from_history
 from fastdiff.tracing.trace import TraceNotes, trace_scheduler
 
 __all__ = ["Options", "Stepper"]
-
-log = logging.getLogger("fastdiff")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Traced:
         numbers: the scheduler's attributes after every row, as far as they are not images.
         images: names of those that are images or lists of images.
         scales: what scale_model_input multiplies by before every row.
+        condensed: the new sample comes from sums that upstream keeps as several tensors.
         observed: what upstream's step does with dtypes, by dtypes and kinds of argument.
     """
 
@@ -53,6 +53,7 @@ class Traced:
     numbers: tuple[dict[str, Any], ...] = ()
     images: frozenset[str] = frozenset()
     scales: tuple[float, ...] = ()
+    condensed: bool = False
     observed: dict[tuple[Any, ...], Observed] = field(default_factory=dict)
 
     @property
@@ -62,7 +63,6 @@ class Traced:
 
 
 _traced: Cache[Traced] = Cache(256)
-_said: set[tuple[type, str]] = set()
 
 
 class Stepper:
@@ -94,18 +94,59 @@ class Stepper:
         self._foreign: list[Any] = []  # timesteps that set_timesteps() did not make
         self._digest: str | None = None
         self._last: Tensor | None = None
+        self._version = 0  # of _last, when it was handed out
         self._only_upstream = ""
         self._before: dict[str, Any] = {}  # the scheduler's attributes when the run began
+        self._doubled = False  # whether outputs have twice the channels: learned variance
+        self._kinds: dict[str, Any] = {}  # how the run was made
         self._kind: Any = None  # shapes, dtypes and devices of the last step's tensors
         self._now: Observed | None = None
         self._drawing = self._history = False
 
     def end(self) -> None:
         """Gives the scheduler back the attributes that a run served from its history."""
-        if self.traced is not None:
-            for name in self.traced.images:
-                vars(self.scheduler).setdefault(name, self._before.get(name))
+        for name, value in self.put_away().items():
+            vars(self.scheduler).setdefault(name, value)
         self.reset()
+
+    def put_away(self) -> dict[str, Any]:
+        """Attributes that the run serves from its history, as they were before it."""
+        images = frozenset() if self.traced is None else self.traced.images
+        return {name: self._before.get(name) for name in images}
+
+    def saved(self) -> dict[str, Any]:
+        """What a copy of the scheduler needs to go on: no more than tensors and numbers."""
+        saved: dict[str, Any] = {"only_upstream": self._only_upstream}
+        if self.run is not None:
+            states = [self.run.x, *[h if h is None else h.clone() for h in self.run.history]]
+            saved["run"] = (
+                self._before, self._foreign, self.begin, self._settings, self._doubled,
+                self._kinds, self.run.index, states,
+            )  # fmt: skip
+        return saved
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Goes on where the stepper stood that `saved` is from."""
+        self._only_upstream = saved["only_upstream"]
+        if "run" in saved:
+            self._before, foreign, begin, settings, doubled, kinds, index, states = saved["run"]
+            self._foreign = list(foreign)
+            self._digest = digest(self._shadow(begin))
+            self._take_plan(begin, settings, doubled)
+            assert self.traced is not None and self.traced.plan is not None
+            self.run, self._kinds = Run(self.traced.plan, states[0], **kinds), kinds
+            self.run.index, self.run._states = index, states
+
+    def hand_on(self, other: Stepper) -> None:
+        """Lets a resumed copy take the sample that this stepper returned for its own."""
+        other._last, other._version = self._last, self._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stepper:
+        """For callers that put scheduler.__dict__ aside and back: another run of the scheduler."""
+        other = Stepper(self.scheduler, self.upstream, self.options)
+        other.resume(copy.deepcopy(self.saved(), memo))
+        self.hand_on(other)
+        return other
 
     def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
         """What the scheduler's step returns for its own arguments, defaults left out."""
@@ -124,6 +165,8 @@ class Stepper:
                 arguments["return_dict"] = return_dict
                 return self._upstream_step(output, timestep, sample, arguments, reason)
             self._kind = kind
+            if self.options.seed is None and vars(self.scheduler).get("noise_sampler", "") is None:
+                self._tree(output, timestep, sample, generator)  # drawn from or not, upstream's is
         run, traced, observed = self.run, self.traced, self._now
         assert run is not None and traced is not None and observed is not None
         row, dtypes = run.index, observed.result_dtypes
@@ -187,6 +230,8 @@ class Stepper:
             return self._begin(position, output, sample, arguments)
         row = position - self.begin
         expected = 0 if self.run is None else self.run.index
+        if traced.plan is not None and row >= traced.plan.rows and not traced.memoryless:
+            self._past_the_end(position, output, timestep, sample, arguments)
         if (row == expected and arguments == self._settings) or traced.plan is None:
             return row
         if traced.memoryless:
@@ -204,6 +249,15 @@ class Stepper:
             f"step was given {arguments} after {self._settings}: {name} carries history, so the "
             "arguments must stay the same until set_timesteps()"
         )
+
+    def _past_the_end(
+        self, position: int, output: Tensor, timestep: Any, sample: Tensor, arguments: Any
+    ) -> None:
+        """Raises what upstream raises for a step after the last."""
+        shadow = self._shadow(position)
+        shadow._step_index = position
+        self.upstream.step(shadow, output, timestep, sample, **arguments)
+        raise IndexError(f"all steps of this run are done: call set_timesteps() before {timestep}")
 
     def _first_position(self, timestep: Any) -> int:
         """Where upstream's own count begins."""
@@ -246,9 +300,12 @@ class Stepper:
         _check_shapes(output, sample)
         if self._digest is None:
             self._digest = digest(self.scheduler)
-            self._before = _copied(vars(self.scheduler))
+            self._before = attributes_of(self.scheduler)
+        self._take_plan(position, arguments, output.shape != sample.shape)
+        return 0
+
+    def _take_plan(self, position: int, arguments: dict[str, Any], doubled: bool) -> None:
         at: Any = position if position >= 0 else ("t", self._foreign[-1 - position])
-        doubled = output.shape != sample.shape
         key = (
             self.upstream, self._digest, at, tuple(sorted(arguments.items())), doubled,
             self.options.seed is None, self.options.float32_latents,
@@ -257,18 +314,28 @@ class Stepper:
         if traced is None:
             traced = _traced.put(key, self._trace(position, arguments, doubled))
         self.traced, self.begin, self._settings, self.run = traced, position, arguments, None
-        return 0
+        self._doubled = doubled
 
     def _trace(self, position: int, arguments: dict[str, Any], doubled: bool) -> Traced:
-        notes = TraceNotes()
-        try:
-            plan = trace_scheduler(
-                self._shadow(position), self._timesteps_from(position), arguments,
-                fed=self.options.seed is None, learned_variance=doubled, notes=notes,
-            )  # fmt: skip
-        except Exception as error:
-            # Whatever upstream's code does on forms, its own step on images is the answer.
-            return Traced(None, f"{type(error).__name__}: {error}")
+        timesteps = self._timesteps_from(position)
+        # Beyond the end upstream may go on (timesteps that repeat, below) or not; and the last of
+        # SCM's timesteps only ends the last step.
+        beyond = self._repeated(position)
+        ends = [*range(len(timesteps) + beyond, max(len(timesteps) - 2, 0), -1)]
+        timesteps += timesteps[-1:] * beyond
+        for end in ends:
+            notes = TraceNotes()
+            try:
+                plan = trace_scheduler(
+                    self._shadow(position), timesteps[:end], arguments,
+                    fed=self.options.seed is None, learned_variance=doubled, notes=notes,
+                )  # fmt: skip
+                break
+            except Exception as error:
+                # Whatever upstream's code does on forms, its own step on images is the answer.
+                reason = f"{type(error).__name__}: {error}"
+                if end == ends[-1] or not isinstance(error, IndexError | AssertionError):
+                    return Traced(None, reason)
         if "preview" in plan.about:
             return Traced(None, f"its second result {plan.about['preview']}")
         assert plan.c_in is not None
@@ -282,7 +349,16 @@ class Stepper:
             if k != "_begin_index" and (k in images or self._before.get(k, self) is not v)
         }  # fmt: skip
         kept = tuple({k: v for k, v in row.items() if k in changing} for row in numbers)
-        return Traced(plan, "", notes, kept, frozenset(images), scales)
+        return Traced(plan, "", notes, kept, frozenset(images), scales, _condensed(notes, plan))
+
+    def _repeated(self, position: int) -> int:
+        """How many timesteps right before a position equal the one at it: upstream begins at the
+        second of two equal ones, so that a loop over all of them steps beyond the end."""
+        if position <= 0:
+            return 0
+        values = self.scheduler.timesteps[: position + 1].tolist()
+        before = [value != values[-1] for value in values[-2::-1]]
+        return before.index(True) if True in before else len(before)
 
     def _timesteps_from(self, position: int) -> list[Tensor]:
         timesteps: Tensor = self.scheduler.timesteps.cpu()
@@ -290,16 +366,9 @@ class Stepper:
             return list(timesteps[position:])
         return [torch.tensor(self._foreign[-1 - position]).to(timesteps.dtype)]
 
-    def copied(self, attributes: dict[str, Any] | None = None) -> Any:
-        """A copy of the scheduler, of upstream's class and on the host, to be used up."""
-        shadow = self.upstream.__new__(self.upstream)
-        for name, value in _copied(attributes or vars(self.scheduler)).items():
-            vars(shadow)[name] = value.cpu() if isinstance(value, Tensor) else value
-        return shadow
-
     def _shadow(self, position: int) -> Any:
         """A copy of the scheduler as it stood before the run."""
-        shadow = self.copied(self._before)
+        shadow = copied(self.upstream, self._before)
         if self.counted:
             shadow._step_index, shadow._begin_index = None, position
         return shadow
@@ -329,6 +398,11 @@ class Stepper:
                 f"{tuple(self.run.x.shape)}"
             )
         dtype = torch.promote_types(sample.dtype, output.dtype)
+        if observed.kept_dtype is not None:
+            dtype = torch.promote_types(dtype, observed.kept_dtype)
+        if traced.condensed:
+            # A sum of a sample and small terms must not lose in 16 bits what its terms would keep.
+            dtype = torch.promote_types(dtype, torch.float32)
         kinds: dict[str, Any] = {
             "outputs_are_fresh": options.outputs_are_fresh, "backend": options.backend,
             "preview": len(observed.result_dtypes) > 1,
@@ -339,11 +413,12 @@ class Stepper:
             kinds["noise"] = _handed
         if options.float32_latents:
             kinds["model_dtype"] = observed.result_dtypes[0]
-            run = Run(traced.plan, sample.to(torch.promote_types(dtype, torch.float32)), **kinds)
+            sample = sample.to(torch.promote_types(dtype, torch.float32))
         else:
-            run = Run(traced.plan, sample, borrow=True, dtype=dtype, **kinds)
+            kinds |= {"borrow": True, "dtype": dtype}
+        run = Run(traced.plan, sample, **kinds)
         run.index = row
-        self.run = run
+        self.run, self._kinds = run, kinds
         return run
 
     # What the scheduler is asked for between steps.
@@ -399,11 +474,13 @@ class Stepper:
         dtypes: tuple[torch.dtype, ...],
     ) -> Tensor:
         """The run keeps the sample in float32; the caller gets it rounded, from the same pass."""
-        x = run.x if sample is self._last else sample.to(run.x.dtype)
+        unchanged = sample is self._last and _version(sample) == self._version
+        x = run.x if unchanged else sample.to(run.x.dtype)
         run.renew_input()
         seeded = self.options.seed is not None
         result = run.advance(output, [x, *run.history], draws, seeded, x.dtype, dtypes[-1])
         self._last = result if run.model_input.dtype == result.dtype else run.model_input
+        self._version = _version(self._last)
         return self._last
 
     def _noise(
@@ -463,10 +540,45 @@ class Stepper:
                 )
         else:
             self._only_upstream = reason
-        if (self.upstream, reason) not in _said:
-            _said.add((self.upstream, reason))
-            log.warning("%s runs on its own step: %s", self.upstream.__name__, reason)
+        said(self.upstream, reason)
         return self.upstream.step(self.scheduler, output, timestep, sample, **arguments)
+
+
+def _condensed(notes: TraceNotes, plan: SolverPlan) -> bool:
+    """Whether some row takes most of the new sample from history that is a sum which upstream does
+    not keep, as the second half of Heun's step does: x' = (x + h/2 d) + h/2 d'.
+
+    Upstream keeps x and d, so that one float32 tensor moves no more bytes than its two of 16 bits.
+    With more history (UniPC) sums of 16 bits are measured to lose less than upstream's own step.
+    """
+    assert notes.recorder is not None
+    if plan.states != 2:
+        return False
+    samples = {row.x for row in notes.recorder.rows}
+    for i, attributes in enumerate(notes.attributes[:-1]):
+        slots = notes.recorder.slots[i + 1] if i + 1 < len(notes.recorder.slots) else []
+        for k, terms in enumerate(slots, start=1):
+            if terms is None or len(terms) == 1:
+                continue
+            of_samples = sum(abs(v) for key, v in terms.items() if key in samples)
+            if abs(plan.A[i + 1, 0, k]) * of_samples < 0.5:
+                continue
+            kept = [
+                item.terms for value in attributes.values()
+                for item in (value if isinstance(value, list) else [value])
+                if isinstance(item, LinearForm)
+            ]  # fmt: skip
+            if not any(_multiples(terms, other) for other in kept):
+                return True
+    return False
+
+
+def _multiples(one: dict[int, float], other: dict[int, float]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    first = next(iter(one))
+    ratio = other[first] / one[first]
+    return all(abs(other[k] - ratio * one[k]) <= 1e-9 * abs(other[k]) for k in one)
 
 
 def _images(value: Any) -> bool:
@@ -474,14 +586,6 @@ def _images(value: Any) -> bool:
     return isinstance(value, LinearForm) or (
         isinstance(value, list) and any(isinstance(item, LinearForm) for item in value)
     )
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's own attributes, lists apart from it."""
-    return {
-        name: list(value) if isinstance(value, list) else value
-        for name, value in attributes.items() if not name.startswith("_fastdiff")
-    }  # fmt: skip
 
 
 def _handed(row: int, draw: int) -> Tensor:
@@ -495,6 +599,11 @@ def _kind(output: Any, sample: Any) -> Any:
     return (
         output.shape, sample.shape, output.dtype, sample.dtype, output.device, sample.device,
     )  # fmt: skip
+
+
+def _version(x: Tensor) -> int:
+    """Changes when a tensor is written to, but for those of torch.inference_mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def _unfit(output: Any, sample: Any, arguments: dict[str, Any]) -> str:

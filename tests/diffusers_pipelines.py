@@ -182,6 +182,25 @@ def wan() -> Any:
     return quiet(pipeline)
 
 
+def cogvideox(scheduler: Any) -> Any:
+    transformer = _made(
+        11, diffusers.CogVideoXTransformer3DModel, num_attention_heads=2, attention_head_dim=8,
+        in_channels=4, out_channels=4, time_embed_dim=4, text_embed_dim=TEXT, num_layers=1,
+        sample_width=4, sample_height=4, sample_frames=5, patch_size=2, max_text_seq_length=5,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    vae = _made(
+        12, diffusers.AutoencoderKLCogVideoX, latent_channels=4, layers_per_block=1,
+        block_out_channels=(4, 4, 4, 4), norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    pipeline = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    return quiet(pipeline)
+
+
 def text_inputs(
     batch: int = 1, *, pooled: bool = False, negative: bool = True, dtype: Any = torch.float32
 ) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,8 +59,14 @@ class Fed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
+def _constructed(name: str, config: tuple[tuple[str, Any], ...]) -> Any:
+    """Some constructors set 1000 timesteps, which takes them half a second."""
+    return getattr(diffusers, name)(**dict(config))
+
+
 def scheduler(name: str, config: dict[str, Any], steps: int | None = None) -> Any:
-    made = getattr(diffusers, name)(**config)
+    made = copy.deepcopy(_constructed(name, tuple(sorted(config.items()))))
     if steps is not None:
         made.set_timesteps(steps)
     return made

@@ -11,20 +11,17 @@ import fastdiff as fd
 from fastdiff.solvers.consistency import consistency_model, lcm, tcd
 from tests.conftest import load_helper
 
-up = load_helper("adams_upstream")
-
-# diffusers hands torch tensors to NumPy in a way that NumPy 2 warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+up = load_helper("diffusers_float64")
 
 SCHEDULE = fd.schedules.scaled_linear(1000)
 NOISE = up.randn(40, 2, 3, 4, seed=1)
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
 
-def compare(cls, plan, steps=None, *, x_T=None, model=up.network, tolerance=1e-12, **options):
+def compare(cls, plan, steps=None, *, x_T=None, model=up.model, tolerance=1e-12, **options):
     """The plan against diffusers in float64: t, the result, and how many draws are made."""
     x_T = up.randn(2, 3, 4) if x_T is None else x_T
-    expected, t, draws = up.sample(cls, model, x_T, steps, noise=NOISE, **options)
+    (*_, expected), t, draws = up.run(cls, x_T, steps, model=model, noise=NOISE, **options)
     got = fd.sample(model, plan, x_T=x_T, noise=lambda i, k: NOISE[i], backend="reference")
     np.testing.assert_allclose(plan.t, t, rtol=1e-12, atol=1e-10)
     assert up.relative(got, expected) < tolerance
@@ -40,9 +37,7 @@ def compare(cls, plan, steps=None, *, x_T=None, model=up.network, tolerance=1e-1
 def test_lcm_is_diffusers(steps, prediction):
     plan = lcm(SCHEDULE, steps, prediction_type=prediction)
     if steps == 50:  # more draws than kept here: the timesteps only
-        _, t, _ = up.sample(
-            diffusers.LCMScheduler, up.network, up.randn(2, 3, 4), 50, noise=[NOISE[0]] * 50
-        )
+        t = up.run(diffusers.LCMScheduler, up.randn(2, 3, 4), 50, noise=[NOISE[0]] * 50).t
         np.testing.assert_array_equal(plan.t, t)
         return
     compare(diffusers.LCMScheduler, plan, steps, prediction_type=prediction)
@@ -97,7 +92,7 @@ def test_tcd_options_are_diffusers():
 
 def far_network(x, t):
     """Outputs that reach the clip bounds."""
-    return 4 * up.network(x, t)
+    return 4 * up.model(x, t)
 
 
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])

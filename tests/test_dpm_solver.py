@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import diffusers
-import mpmath
 import numpy as np
 import pytest
 import torch
 
 import fastdiff as fd
 from fastdiff.solvers.dpm_solver import dpm_solver
-from fastdiff.solvers.exponential import phi
 from fastdiff.solvers.grid import grid
 from tests.conftest import load_helper
 
-up = load_helper("upstream_float64")
+up = load_helper("diffusers_float64")
 mixture = load_helper("gaussian_mixture")
 linear = load_helper("linear_moments")
 k_diffusion = load_helper("k_diffusion_module")
@@ -52,11 +50,15 @@ def agreement(method, steps, schedule=SCHEDULE, sigmas=None, config=None, **opti
     theirs |= {renamed[key]: value for key, value in options.items() if key in renamed}
     theirs |= {"use_karras_sigmas": True} if sigmas == "karras" else {}
     expected = up.run(
-        UPSTREAM[method], theirs | (config or {}), steps, X_T, levels=torch.tensor(levels.ratio),
-        noise=NOISE,
-    )  # fmt: skip
-    plan = dpm_solver(schedule, steps, method=method, sigmas=sigmas, **options)
-    return up.relative(trajectory(plan), expected)
+        UPSTREAM[method], X_T, steps, levels=torch.tensor(levels.ratio), noise=NOISE,
+        **theirs | (config or {}),
+    ).states  # fmt: skip
+    got = trajectory(dpm_solver(schedule, steps, method=method, sigmas=sigmas, **options))
+    # A multistep step of no length, which upstream makes NaN of.
+    if method == "multistep" and levels.ratio[-1] == levels.ratio[-2]:
+        assert torch.equal(got[-1], got[-2])
+        got, expected = got[:-1], expected[:-1]
+    return up.relative(got, expected)
 
 
 def cases():
@@ -113,9 +115,9 @@ def test_flow_is_upstreams(method):
     path, steps = fd.schedules.flow(T, shift=3.0), 12
     levels = grid(path, steps)
     expected = up.run(
-        UPSTREAM[method], config | {"lower_order_final": True}, steps, X_T,
-        levels=torch.tensor(levels.sigma),
-    )  # fmt: skip
+        UPSTREAM[method], X_T, steps, levels=torch.tensor(levels.sigma), lower_order_final=True,
+        **config,
+    ).states  # fmt: skip
     # Upstream truncates t to integers on the way to the model.
     plan = dpm_solver(
         path, sigmas=levels.ratio, timesteps=np.trunc(levels.t), method=method,
@@ -278,15 +280,6 @@ def test_clip_bounds_x_0():
     assert x.min() == -0.5 and x.max() == 0.25
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
-def test_phi_functions(k):
-    for z in (-30.0, -3.0, -1.0, -0.99, -1e-3, -1e-9, 0.0, 1e-9, 0.1, 0.999, 1.0, 2.5, 12.0):
-        with mpmath.workdps(40):
-            expected = mpmath.hyp1f1(1, k + 1, z) / mpmath.factorial(k)
-        assert phi(k, z) == pytest.approx(float(expected), rel=2e-13 if abs(z) < 2 else 1e-14)
-    assert phi(k, -np.inf) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "names"),
     [
@@ -316,7 +309,7 @@ def test_zero_terminal_snr_is_refused_where_it_is_not_defined():
     schedule = SCHEDULE.rescaled_zero_terminal_snr()
     with pytest.raises(ValueError, match="prediction_type"):
         dpm_solver(schedule, 5, spacing="trailing")
-    with pytest.raises(ValueError, match="alpha = 0"):
+    with pytest.raises(ValueError, match="alpha_t = 0"):
         dpm_solver(
             schedule, 5, spacing="trailing", algorithm_type="dpmsolver",
             prediction_type="v_prediction",

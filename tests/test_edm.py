@@ -148,8 +148,9 @@ def test_levels_of_a_schedule_are_diffusers(ladder):
         if n == 1 and ladder == "karras":
             continue
         sigmas, t = reference_levels(ladder, n)
-        plan = edm.euler(schedule, n, ladder=ladder, prediction_type="epsilon")
-        levels = levels_of(schedule, n, ladder)
+        options = {} if ladder == "karras" else {"ladder": None, "spacing": ladder}
+        plan = edm.euler(schedule, n, prediction_type="epsilon", **options)
+        levels = levels_of(schedule, n, **options)
         np.testing.assert_allclose(levels.sigmas, sigmas, rtol=2e-4)  # its 1 - abar is float32
         np.testing.assert_allclose(plan.t, t, rtol=1e-4, atol=2e-2)
         np.testing.assert_allclose(
@@ -312,7 +313,9 @@ def test_a_split_brownian_path_has_the_covariance_of_its_queries():
     split = dpmpp_sigma.dpmpp_sde(sigmas, r=r)
     independent, _ = coefficients(split, model)
     tape = Tape("queries", Levels(sigmas), Denoiser(), split=False)
-    queries, keys = coefficients(tape.finish(dpmpp_sigma.FORMULAS["dpmpp_sde"](tape, r=r)), model)
+    queries, keys = coefficients(
+        tape.finish(dpmpp_sigma.FORMULAS["dpmpp_sde"](tape, eta=1.0, s_noise=1.0, r=r)), model
+    )
     covariance = np.eye(len(keys))
     for i, (a, b) in enumerate(itertools.pairwise(sigmas)):
         middle = a ** (1 - r) * b**r
@@ -395,7 +398,7 @@ def test_times_and_scalings_of_a_schedule():
     flow = Denoiser("epsilon", schedule=fd.schedules.flow(100))
     assert flow.scalings(3.0) == pytest.approx((1.0, -3.0, 0.25))
     # A plan over all training levels asks for the model's own t.
-    plan = edm.euler(SCHEDULE, 10, ladder="trailing", prediction_type="v_prediction")
+    plan = edm.euler(SCHEDULE, 10, ladder=None, spacing="trailing", prediction_type="v_prediction")
     assert plan.t.tolist() == [999 - 100 * i for i in range(10)]
     assert plan.initial_scale == pytest.approx(table[-1], rel=1e-15)
 
@@ -427,9 +430,14 @@ def test_ancestral_steps_do_not_cancel():
         (dict(sigmas=SCHEDULE), ValueError, "steps"),
         (dict(sigmas=SCHEDULE, steps=0), ValueError, "steps"),
         (dict(sigmas=SCHEDULE, steps=5, ladder="even"), ValueError, "ladder"),
+        (dict(sigmas=SCHEDULE, steps=5, spacing="even"), ValueError, "spacing"),
         (dict(sigmas=SCHEDULE, steps=5, final="one"), ValueError, "final"),
+        (dict(sigmas=SCHEDULE, steps=5, timesteps=[5, 3]), ValueError, "timesteps"),
+        (dict(sigmas=SCHEDULE, steps=5, schedule=SCHEDULE), ValueError, "schedule"),
+        (dict(ladder="karras"), ValueError, "ladder"),
         (
-            dict(sigmas=SCHEDULE.rescaled_zero_terminal_snr(), steps=5, ladder="trailing"),
+            dict(sigmas=SCHEDULE.rescaled_zero_terminal_snr(), steps=5, ladder=None,
+                 spacing="trailing"),
             ValueError, "terminal SNR",
         ),
         (dict(prediction_type="eps"), ValueError, "prediction_type"),

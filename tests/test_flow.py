@@ -22,31 +22,12 @@ from fastdiff.solvers.flow import (
 )
 from tests.conftest import load_helper
 
+up = load_helper("diffusers_float64")
 mixture = load_helper("gaussian_mixture")
 BUILDERS = [flow_euler, flow_heun, flow_sde, flow_euler_ancestral]
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-X_T, DRAWS = randn(2, 3, 5), randn(40, 2, 3, 5, seed=1)
-
-
-def network(x, t):
-    """Any smooth nonlinear function; t is one number or one a sample."""
-    t = torch.as_tensor(t, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
-    return torch.sin(1.3 * x + 0.002 * t) * 0.8 + 0.1 * x
-
-
-class Wide:
-    """A module whose float32 is float64, so that code which asks for float32 keeps every digit."""
-
-    def __init__(self, module):
-        self._module = module
-
-    def __getattr__(self, name):
-        return getattr(self._module, "float64" if name == "float32" else name)
+X_T, DRAWS = up.randn(2, 3, 5), up.randn(40, 2, 3, 5, seed=1)
 
 
 @pytest.fixture
@@ -54,16 +35,16 @@ def upstream(monkeypatch):
     """Runs a scheduler of diffusers in float64, closed loop, with DRAWS for its noise."""
     draws = iter(DRAWS)
     for module in (upstream_euler, upstream_heun, upstream_ltx):
-        monkeypatch.setattr(module, "torch", Wide(torch))
+        monkeypatch.setattr(module, "torch", up.Widened(torch))
         if hasattr(module, "np"):
-            monkeypatch.setattr(module, "np", Wide(np))
+            monkeypatch.setattr(module, "np", up.Widened(np))
         if hasattr(module, "randn_tensor"):
             monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(draws))
 
     def run(scheduler, calls=None, **step):
         x = X_T
         for t in scheduler.timesteps[:calls]:
-            x = scheduler.step(network(x, t), t, x, **step)[0]
+            x = scheduler.step(up.model(x, t), t, x, **step)[0]
         assert x.dtype == torch.float64
         return x, len(DRAWS) - len(list(draws))
 
@@ -73,7 +54,7 @@ def upstream(monkeypatch):
 def ours(plan):
     """(sample, draws consumed) of a plan, with the same draws in the same order."""
     draws = iter(DRAWS)
-    x = fd.sample(network, plan, x_T=X_T, noise=lambda *_: next(draws), backend="reference")
+    x = fd.sample(up.model, plan, x_T=X_T, noise=lambda *_: next(draws), backend="reference")
     return x, len(DRAWS) - len(list(draws))
 
 
@@ -163,7 +144,7 @@ def test_sde_is_the_papers_formula(method):
     sigmas, a = flow_sigmas(6, shift=3.0), 0.7
     x = X_T
     for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
-        o, dt = network(x, s * 1000), s_next - s
+        o, dt = up.model(x, s * 1000), s_next - s
         if method == "cps":
             sigma = s_next * math.sin(a * math.pi / 2)
             mean = (1 - s_next) * (x - s * o)
@@ -192,7 +173,7 @@ def test_a_window_of_noise_leaves_the_rest_to_the_ode():
 @pytest.mark.parametrize("builder, order", [(flow_euler, 1), (flow_heun, 2)])
 def test_order_of_convergence_on_a_mixture(builder, order):
     begin, end = 0.97, 0.03
-    start = randn(16, 2, seed=2)
+    start = up.randn(16, 2, seed=2)
     exact = mixture.solve(start, (1 - begin, begin), (1 - end, end), 1e-11)
     steps, errors = [32, 64, 128], []
     for n in steps:
@@ -298,8 +279,8 @@ def test_prediction_types_agree(builder, kind):
         return mixture.output(kind, x, 1 - t / 1000, t / 1000)
 
     def run(plan, model):
-        draws = iter(randn(20, 4, 2, seed=4))
-        x = randn(4, 2)
+        draws = iter(up.randn(20, 4, 2, seed=4))
+        x = up.randn(4, 2)
         return fd.sample(model, plan, x_T=x, noise=lambda *_: next(draws), backend="reference")
 
     expected = run(builder(sigmas), velocity)
@@ -361,7 +342,7 @@ def test_a_generator_draws_what_diffusers_draws(which):
         plan = flow_heun(sigmas, **step)
 
     def model(x, t):
-        return network(x, t).float()
+        return up.model(x, t).float()
 
     x = X_T.float()
     for t in scheduler.timesteps[: plan.rows]:

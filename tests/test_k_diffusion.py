@@ -138,8 +138,8 @@ def full_options(name, options):
     """The options as the drop-in hands them to the formula: all of them, in order."""
     defaults = {
         key: parameter.default
-        for key, parameter in inspect.signature(driver.FORMULAS[name]).parameters.items()
-        if key not in ("tape", "churn_after_model")
+        for key, parameter in inspect.signature(getattr(fd.solvers, name)).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY and key != "churn_after_model"
     }
     return defaults | options
 

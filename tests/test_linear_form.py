@@ -77,6 +77,7 @@ OPERATIONS = {
     "a / number": lambda a, b: a / 0.3,
     "a / numpy": lambda a, b: a / np.float64(0.3),
     "a / scalar": lambda a, b: a / SCALAR,
+    "a / infinity": lambda a, b: a / -math.inf,
     "a + number": lambda a, b: a + 0.3,
     "number + a": lambda a, b: 0.3 + a,
     "a - number": lambda a, b: a - 0.3,

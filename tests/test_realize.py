@@ -15,7 +15,7 @@ from fastdiff.ops.quantile import threshold_of
 from fastdiff.tracing import NotAffineError, Recorder
 from tests.conftest import load_helper
 
-upstream = load_helper("upstream_float64")
+upstream = load_helper("diffusers_float64")
 runs = load_helper("scheduler_runs")
 pytestmark = runs.UPSTREAM_WARNINGS
 

@@ -173,7 +173,7 @@ def moments_of(plan, schedule, mean, std, start=(0.0, 1.0)):
         t = int(plan.t[i])
         a, s = schedule.alpha_t[t], schedule.sigma_t[t]
         k = s / (a * a * std * std + s * s)
-        cx, co, _, cz = plan.A[i, 0]
+        cx, co, _, cz = (*plan.A[i, 0], 0.0)[:4]  # no noise column without noise
         g, b = cx + co * k, -co * k * a * mean
         m, v = g * m + b, g * g * v + cz * cz
     return m, v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -100,7 +101,9 @@ def test_any_ladder_and_options_of_a_sampling_function_are_replayed(data):
     if len(sigmas) < 2:
         return
     _, actual, expected = replay_function(name, sigmas, **options)
-    assert relative(actual, expected) <= 1e-12
+    # A step over a ratio r of noise levels leaves 1 - (1 - 1 / r) of its sample: r digits cancel.
+    ratio = max([float(a / b) for a, b in itertools.pairwise(sigmas) if b > 0], default=1.0)
+    assert relative(actual, expected) <= 1e-12 + 1e-15 * ratio
 
 
 def test_a_repeated_noise_level_of_an_ancestral_function_is_replayed():

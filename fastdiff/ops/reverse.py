@@ -24,9 +24,9 @@ from fastdiff.plan import SolverPlan
 from fastdiff.program import uniform
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.schedules._values import as_float
+from fastdiff.solvers.checks import check_clip
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
-from fastdiff.solvers.prediction import check_clip
 
 __all__ = ["ddim_sample", "p_mean_variance", "p_sample"]
 
@@ -70,7 +70,8 @@ def _structure(
     plan = _plan(kind, schedule, arguments)
     spec = uniform(plan, preview).spec(plan, torch.float32)
     clamp = -1 if spec.clamp is None else spec.clamp
-    return plan.rows, int(plan.draws_noise.any()), int(plan.learned), clamp, *spec.outputs
+    noisy = int(plan.draws_noise.any())
+    return plan.rows, plan.n_draws, noisy, int(plan.learned), clamp, *spec.outputs
 
 
 def _by_t(plan: SolverPlan, rows: np.ndarray) -> Tensor:
@@ -99,10 +100,10 @@ def _spec_of(
     dtype: torch.dtype,
 ) -> tuple[StepSpec, int, bool]:  # fmt: skip
     structure = _structure(schedule.fingerprint, kind, schedule, arguments, preview)
-    rows, noisy, learned, clamp, *outputs = structure
+    rows, draws, noisy, learned, clamp, *outputs = structure
     spec = StepSpec(
-        states=1, outputs=tuple(outputs), clamp=None if clamp < 0 else clamp, draws=1,
-        noise_dtype=dtype, learned=bool(learned), fast=fast,
+        states=1, outputs=tuple(outputs), clamp=None if clamp < 0 else clamp,
+        draws=draws, noise_dtype=dtype, learned=bool(learned), fast=fast,
     )  # fmt: skip
     return spec, rows, bool(noisy)
 
@@ -172,8 +173,8 @@ def _reverse_step(
         outputs = [out] + ([torch.empty_like(x_t)] if return_x_start else [])
     results = call_step(
         [x_t], plan.spec, plan.table, rows, model_outputs=[model_output],
-        noise=noise_from(noise, generator, x_t, backend), keys=keys, draws=plan.draws,
-        counter=(low, offset, 0, 0), out=outputs, backend=backend,
+        noise=noise_from(noise, generator, x_t, backend)[: plan.spec.draws], keys=keys,
+        draws=plan.draws, counter=(low, offset, 0, 0), out=outputs, backend=backend,
     )  # fmt: skip
     return (results[0], results[1]) if return_x_start else results[0]
 

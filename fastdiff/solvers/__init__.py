@@ -1,17 +1,21 @@
 """Plan builders: the papers' formulas in float64, one family a file, no loop around a model.
 
-ddpm, ddim       ancestral and implicit sampling of the chain, with learned variances and reversal
-dpm_solver, unipc, sa_solver, deis    exponential integrators in log signal-to-noise
-adams            pndm, plms, ipndm, lms: linear multistep
-edm, dpmpp_sigma    k-diffusion's samplers at noise levels sigma: euler, heun, dpm_2, dpmpp_2m ...
-flow             flow matching and rectified flow: Euler, Heun, SDEs
-consistency      few-step samplers of distilled models: lcm, tcd, consistency_model
-langevin         score networks: annealed Langevin dynamics, predictor-correctors of score SDEs
+    ddpm, ddim       ancestral and implicit sampling of the chain, learned variances, inversion
+    dpm_solver       DPM-Solver and DPM-Solver++, single- and multistep, ODE and SDE
+    unipc, sa_solver, deis    exponential multistep methods in log signal-to-noise
+    adams            pndm, plms, ipndm: pseudo numerical methods
+    edm              euler, heun, dpm_2, lms and ancestral forms, at noise levels sigma
+    dpmpp_sigma      dpmpp_2m, dpmpp_sde .. and dpm_fast, at noise levels sigma, as k-diffusion's
+    flow             flow matching and rectified flow: Euler, Heun, SDEs
+    consistency      few-step samplers of distilled models: lcm, tcd, consistency_model
+    langevin         score networks: annealed Langevin dynamics, predictor-correctors of score SDEs
 
-grid             the levels that a sampler visits; estimates, prediction: what a model says of them
+What they share: grid the levels that a sampler visits, sigma_space those of edm and dpmpp_sigma,
+prediction what a model's output says of x_0 and epsilon, weights the integrals of multistep
+methods, subsequence the kept steps of a chain, checks of options.
 """
 
-from .adams import ipndm, lms, plms, pndm
+from .adams import ipndm, plms, pndm
 from .consistency import consistency_model, lcm, tcd
 from .ddim import ddim
 from .ddpm import ddpm
@@ -25,7 +29,7 @@ from .dpmpp_sigma import (
     dpmpp_3m_sde,
     dpmpp_sde,
 )
-from .edm import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun
+from .edm import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun, lms
 from .flow import flow_euler, flow_euler_ancestral, flow_heun, flow_sde, flow_sigmas
 from .grid import Grid, grid
 from .langevin import ncsn, ncsnv2, ncsnv2_step_size, score_sde_ve, score_sde_vp

@@ -1,4 +1,4 @@
-"""Adams-Bashforth families: PNDM and PLMS, improved PNDM, linear multistep (LMS)."""
+"""Pseudo numerical methods, Adams-Bashforth on even steps: PNDM, PLMS and improved PNDM."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import Schedule
 from fastdiff.schedules._values import FloatArray, as_flag, as_int
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.grid import Grid, grid
+from fastdiff.solvers.checks import check_choice
+from fastdiff.solvers.grid import Grid, grid, refuse_zero_alpha
+from fastdiff.solvers.prediction import Estimates
 from fastdiff.tracing import LinearForm, Recorder
 
-__all__ = ["adams_weights", "ipndm", "lms", "plms", "pndm"]
+__all__ = ["ipndm", "plms", "pndm"]
 
 # Adams-Bashforth on even steps, the newest slope first.
 ADAMS_BASHFORTH = (
@@ -150,15 +151,10 @@ def ipndm(
     *,
     order: int = 4,
     prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    steps_offset: int = 0,
-    timesteps: Any = None,
-    sigmas: Any = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    final: str = "zero",
     clip: tuple[float, float] | None = None,
+    spacing: str = "leading",
+    sigmas: Any = None,
+    **levels: Any,
 ) -> SolverPlan:
     """Improved PNDM: pseudo linear multistep that starts with its own lower orders.
 
@@ -173,8 +169,8 @@ def ipndm(
 
     Args:
         schedule: what the model was trained with.
-        steps, spacing, steps_offset, timesteps, sigmas, sigma_min, sigma_max, rho, final: the
-            levels visited (solvers.grid, convention "ddim"; a ladder of sigmas "euler").
+        steps, spacing, sigmas: model calls, with `levels`: timesteps, final, steps_offset and so
+            on, as in grid() of fastdiff/solvers/grid.py (convention "ddim"; of sigmas "euler").
         order: 1 (DDIM) to 4.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow"; all but the first serve at
             alpha = 0 too.
@@ -184,18 +180,17 @@ def ipndm(
         ValueError, TypeError: naming the argument.
     """
     order = as_int("order", order, 1, 4)
-    levels = grid(
-        schedule, steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final,
-        steps_offset=steps_offset, convention="ddim" if sigmas is None else "euler",
-        sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+    visited = grid(
+        schedule, steps, spacing=spacing, sigmas=sigmas,
+        convention="ddim" if sigmas is None else "euler", **levels,
     )  # fmt: skip
-    estimates = Estimates(prediction_type, levels.alpha[:-1], levels.sigma[:-1], clip)
-    alpha, sigma = levels.alpha, levels.sigma
-    rec = _recorder(f"iPNDM-{order}, {len(levels)} steps", schedule, prediction_type, None, clip)
-    x = rec.begin(levels.initial_scale)
+    alpha, sigma = visited.alpha, visited.sigma
+    estimates = Estimates(prediction_type, alpha[:-1], sigma[:-1], clip)
+    rec = _recorder(f"iPNDM-{order}, {len(visited)} steps", schedule, prediction_type, None, clip)
+    x = rec.begin(visited.initial_scale)
     slopes: list[LinearForm] = []
-    for i in range(len(levels)):
-        x, o = rec.call(x, t=levels.t[i])
+    for i in range(len(visited)):
+        x, o = rec.call(x, t=visited.t[i])
         x_0, e = estimates(rec, x, o, i)
         slopes = [*slopes, e][-order:]
         if len(slopes) == 1:  # the same step, and alpha may be 0
@@ -203,103 +198,6 @@ def ipndm(
         else:
             x = _phi(x, _adams_bashforth(slopes), alpha, sigma, i, i + 1)
     return rec.finish(x)
-
-
-def lms(
-    schedule: Schedule,
-    steps: int | None = None,
-    *,
-    order: int = 4,
-    prediction_type: str = "epsilon",
-    spacing: str = "linspace",
-    steps_offset: int = 0,
-    timesteps: Any = None,
-    sigmas: Any = None,
-    rho: float = 7.0,
-    clip: tuple[float, float] | None = None,
-) -> SolverPlan:
-    """Linear multistep with exact weights for uneven steps, in the variance-exploding view.
-
-        y = x_t / alpha_t,  sigma = sigma_t / alpha_t,  d_i = (y_i - x_0) / sigma_i = epsilon
-        y_{i+1} = y_i + sum_j w_j d_{i-j},   w_j = int_{sigma_i}^{sigma_{i+1}} l_j(sigma) d sigma
-
-    with l_j the Lagrange polynomials over sigma_i .. sigma_{i-k+1}, k = min(i + 1, order)
-    (Katherine Crowson's LMS sampler, an Adams-Bashforth method on the ODE of Karras et al. 2022,
-    eq. 3). The weights are polynomials integrated exactly. The sampler's state is y; the model sees
-    x_t = alpha_t y. The last step goes to sigma = 0.
-
-    Args:
-        schedule: what the model was trained with; levels must have alpha_t > 0.
-        steps, spacing, steps_offset, timesteps, sigmas, rho: the levels visited (solvers.grid,
-            convention "euler"). A named ladder of sigmas runs between the ends of what `spacing`
-            visits.
-        order: 1 (Euler) to 4.
-        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
-        clip: (lo, hi) bounds of x_0, or None.
-
-    y_T has standard deviation sigma_T, with spacing="leading" sqrt(sigma_T^2 + 1), as in diffusers'
-    LMSDiscreteScheduler.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
-    """
-    order = as_int("order", order, 1, 4)
-    ends: dict[str, float] = {}
-    if isinstance(sigmas, str):
-        spread = grid(
-            schedule, steps, spacing=spacing, steps_offset=steps_offset, convention="euler"
-        ).ratio
-        ends = {"sigma_min": float(spread[-2]), "sigma_max": float(spread[0])}
-    levels = grid(
-        schedule, steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final="zero",
-        steps_offset=steps_offset, convention="euler", rho=rho, **ends,
-    )  # fmt: skip
-    refuse_zero_alpha(levels, "the method works in x_t / alpha_t")
-    sigma, alpha = levels.ratio, levels.alpha
-    estimates = Estimates(prediction_type, alpha[:-1], levels.sigma[:-1], clip)
-    rec = _recorder(f"LMS-{order}, {len(levels)} steps", schedule, prediction_type, None, clip)
-    scale = float(np.hypot(sigma[0], 1.0) if spacing == "leading" else sigma[0])
-    y = rec.begin(scale=scale)
-    slopes: list[LinearForm] = []
-    for i in range(len(levels)):
-        y, o = rec.call(y, t=levels.t[i], c_in=alpha[i])
-        _, d = estimates(rec, alpha[i] * y, o, i)
-        slopes = [*slopes, d][-order:]
-        nodes = sigma[i + 1 - len(slopes) : i + 1]
-        weights = adams_weights(nodes, sigma[i + 1])
-        y = y + sum(w * d for w, d in zip(weights, slopes, strict=True))
-    return rec.finish(y)
-
-
-def lagrange_polynomials(nodes: FloatArray) -> FloatArray:
-    """(k, k): the coefficients, ascending, of the polynomials l_j that are 1 at nodes[j] and 0 at
-    the others, around nodes[-1]: l_j(u) = sum_m c[j, m] (u - nodes[-1])^m."""
-    off = np.asarray(nodes) - nodes[-1]
-    basis = []
-    for j in range(len(off)):
-        others = np.delete(off, j)
-        basis.append(np.polynomial.polynomial.polyfromroots(others) / np.prod(off[j] - others))
-    return np.array(basis)
-
-
-def adams_weights(nodes: FloatArray, end: float) -> FloatArray:
-    """int_{nodes[-1]}^{end} l_j(u) du of the Lagrange polynomials over nodes: (k,), exact.
-
-    The weights of slopes at nodes[0] .. nodes[-1] in an Adams-Bashforth step to `end`.
-    """
-    scale = end - nodes[-1]
-    if scale == 0:
-        return np.zeros(len(nodes))
-    basis = lagrange_polynomials(np.asarray(nodes) / scale)  # in steps: nothing over- or underflows
-    return scale * (basis @ (1.0 / np.arange(1, len(nodes) + 1)))
-
-
-def refuse_zero_alpha(levels: Grid, reason: str) -> None:
-    if levels.alpha[0] == 0:
-        raise ValueError(
-            f"schedule has alpha_t = 0 at the first level (zero terminal SNR), but {reason}: "
-            "leave that level out with timesteps= or sigmas="
-        )
 
 
 class _Pseudo:
@@ -314,8 +212,7 @@ class _Pseudo:
         sigma: FloatArray,
         t: FloatArray,
     ) -> None:
-        if combine not in COMBINED:
-            raise ValueError(f"combine must be one of {', '.join(COMBINED)}, not {combine!r}")
+        check_choice("combine", combine, COMBINED)
         self.raw = combine == "model_output" and prediction_type != "epsilon"
         if self.raw and clip is not None:
             raise ValueError("clip needs combine='epsilon'")
@@ -332,7 +229,7 @@ class _Pseudo:
     def phi(self, x: LinearForm, e: LinearForm, i: int, k: int) -> LinearForm:
         """The transfer of x from level i to level k."""
         if self.raw:
-            e = self.estimates.e[i] * x + self.estimates.f[i] * e
+            e = self.estimates.own_epsilon(x, e, i)
         return _phi(x, e, self.alpha, self.sigma, i, k)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule, karras
 from fastdiff.schedules._values import IntArray, as_float, as_float_vector, as_int, as_vector
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.prediction import check_clip
+from fastdiff.solvers.checks import check_clip, check_positive
+from fastdiff.solvers.prediction import Estimates
 from fastdiff.tracing import Recorder
 
 __all__ = ["consistency_model", "lcm", "tcd"]
@@ -42,7 +42,7 @@ def lcm(
     Args:
         schedule: the chain the model was distilled on.
         steps: how many calls, at most original_inference_steps * strength.
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
         original_inference_steps: N of the distillation schedule k, 2k, .., N k, less 1, with
             k = T // N, of which evenly spaced entries are visited.
         strength: in (0, 1]: the part of that schedule, from its clean end, that is visited
@@ -56,8 +56,8 @@ def lcm(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    scaling = _positive("timestep_scaling", timestep_scaling)
-    spread = _positive("sigma_data", sigma_data)
+    scaling = check_positive("timestep_scaling", timestep_scaling)
+    spread = check_positive("sigma_data", sigma_data)
     visited = _visited(schedule, steps, timesteps, original_inference_steps, strength)
     alpha, sigma = schedule.alpha_t[visited], schedule.sigma_t[visited]
     t = schedule.timesteps[visited].astype(np.float64)
@@ -107,7 +107,7 @@ def tcd(
         schedule: the chain the model was distilled on.
         steps: how many calls.
         eta: in [0, 1]; 0 is deterministic (no draws), 1 goes through x_0 as consistency models do.
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
         original_inference_steps, strength, timesteps: as in lcm(); None spreads the steps over all
             T of the chain.
 
@@ -186,11 +186,9 @@ def consistency_model(
         ValueError, TypeError: naming the argument.
     """
     bounds = check_clip(clip)
-    spread = _positive("sigma_data", sigma_data)
-    lowest = _positive("sigma_min", sigma_min)
-    s_noise = as_float("s_noise", s_noise)
-    if s_noise < 0:
-        raise ValueError(f"s_noise must be >= 0, got {s_noise}")
+    spread = check_positive("sigma_data", sigma_data)
+    lowest = check_positive("sigma_min", sigma_min)
+    s_noise = check_positive("s_noise", s_noise, zero=True)
     if sum(value is not None for value in (steps, timesteps, sigmas)) != 1:
         raise ValueError("exactly one of steps, timesteps and sigmas must be given")
     if sigmas is not None:
@@ -272,10 +270,3 @@ def _descending(name: str, indices: Sequence[int] | None, T: int) -> IntArray:
     if (np.diff(array) >= 0).any():
         raise ValueError(f"{name} must strictly descend, got {indices!r}")
     return array
-
-
-def _positive(name: str, value: float) -> float:
-    value = as_float(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
-    return value

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.noise import STREAM_STEP
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.schedules._values import as_float
-from fastdiff.solvers.prediction import check_clip, denoised, epsilon
+from fastdiff.solvers.prediction import Estimates
 from fastdiff.solvers.subsequence import subsequence
+from fastdiff.tracing import Recorder
 
 __all__ = ["ddim"]
 
@@ -42,7 +42,7 @@ def ddim(
         steps, spacing, timesteps: the kept steps, as in ddpm().
         eta: stochasticity, >= 0; must be 0 in reverse. Values whose sigma_t^2 exceeds
             1 - abar_prev are refused.
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
         clip: (lo, hi) bounds of x_0, or None.
         use_clipped_model_output: derive epsilon again from the clipped x_0 (as guided-diffusion
             does); False keeps the model's own epsilon (diffusers' default).
@@ -56,10 +56,8 @@ def ddim(
         raise ValueError(f"eta must be >= 0, not {eta}")
     if reverse and eta != 0:
         raise ValueError(f"eta must be 0 in reverse: the reverse ODE is deterministic, not {eta}")
-    bounds = check_clip(clip)
     chain = subsequence(schedule, steps, spacing, timesteps)
-    rows = len(chain)
-    order = np.arange(rows) if reverse else np.arange(rows)[::-1]
+    order = np.arange(len(chain)) if reverse else np.arange(len(chain))[::-1]
     other = (chain.alphas_cumprod_next if reverse else chain.alphas_cumprod_prev)[order]
     alpha_t, sigma_t = chain.alpha_t[order], chain.sigma_t[order]
     # 1 - abar of the step we go to, without cancellation: its own sigma_t squared.
@@ -68,33 +66,25 @@ def ddim(
     remaining = other_beta_bar - np.square(sigma)
     if (remaining < -1e-12).any():
         raise ValueError(f"eta = {eta} makes sigma_t^2 exceed 1 - abar_prev; lower it")
-    scale_x0, scale_eps = np.sqrt(other), np.sqrt(np.maximum(remaining, 0.0))
+    scale_x_0, scale_eps = np.sqrt(other), np.sqrt(np.maximum(remaining, 0.0))
+    estimates = Estimates(prediction_type, alpha_t, sigma_t, clip)
 
-    p, q = denoised(prediction_type, alpha_t, sigma_t)
-    e, f = epsilon(prediction_type, alpha_t, sigma_t)
-    zero, one = np.zeros(rows), np.ones(rows)
-    if bounds is None:  # columns x, o, c, z
-        A = np.stack([scale_x0 * p + scale_eps * e, scale_x0 * q + scale_eps * f, zero, sigma], 1)
-        x_start = np.stack([p, q, zero, zero], axis=1)
-    else:
-        if use_clipped_model_output:  # epsilon = (x_t - alpha_t c) / sigma_t
-            parts = [scale_eps / sigma_t, zero, scale_x0 - scale_eps * alpha_t / sigma_t, sigma]
-        else:
-            parts = [scale_eps * e, scale_eps * f, scale_x0, sigma]
-        A = np.stack(parts, axis=1)
-        x_start = np.stack([zero, zero, one, zero], axis=1)
-    steps_streams = np.stack([np.arange(rows), np.full(rows, STREAM_STEP)], axis=1)
-    return SolverPlan(
-        name=f"DDIM{' reverse' if reverse else ''}, {rows} steps",
-        A=A[:, None],
-        x_start=x_start,
-        t=np.asarray(chain.timesteps[order], np.float64),
-        draws=steps_streams[:, None],
-        P=None if bounds is None else np.stack([p, q, zero], axis=1),
-        lo=None if bounds is None else np.full(rows, bounds[0]),
-        hi=None if bounds is None else np.full(rows, bounds[1]),
+    rec = Recorder(
+        f"DDIM{' reverse' if reverse else ''}, {len(chain)} steps",
         about={
             "schedule": schedule.name, "prediction_type": prediction_type, "eta": str(float(eta)),
-            "clip": str(bounds),
+            "clip": str(estimates.clip),
         },
     )  # fmt: skip
+    x = rec.begin()
+    for i, t in enumerate(chain.timesteps[order]):
+        x, o = rec.call(x, t=float(t))
+        x_0, _ = estimates(rec, x, o, i)
+        if use_clipped_model_output and estimates.clip is not None:
+            direction = scale_eps[i] * (x - alpha_t[i] * x_0) / sigma_t[i]
+        else:
+            direction = scale_eps[i] * estimates.own_epsilon(x, o, i)
+        x = scale_x_0[i] * x_0 + direction
+        if sigma[i] > 0:
+            x = x + sigma[i] * rec.noise()
+    return rec.finish(x)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.noise import STREAM_STEP
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
-from fastdiff.solvers.prediction import check_clip, denoised
+from fastdiff.solvers.checks import check_choice
+from fastdiff.solvers.prediction import Estimates
 from fastdiff.solvers.subsequence import subsequence
+from fastdiff.tracing import Recorder
 
 __all__ = ["ddpm"]
 
@@ -39,7 +40,7 @@ def ddpm(
         schedule: the chain the model was trained with.
         steps: how many of its T steps to keep (default all): an int, spread by `spacing`, or a
             section string such as "250", "10,15,20" or "ddim50".
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
         variance: sigma_t^2. "fixed_small": beta~_t, the posterior variance. "fixed_large": beta_t
             (beta~_1 at the last step). "learned_range": exp(f log beta_t + (1 - f) log beta~_t),
             f = (v + 1) / 2 from the second half of the model's channels (Nichol & Dhariwal 2021,
@@ -51,48 +52,34 @@ def ddpm(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
-    bounds = check_clip(clip)
+    check_choice("variance", variance, VARIANCES)
     chain = subsequence(schedule, steps, spacing, timesteps)
-    rows = len(chain)
-    down = np.arange(rows)[::-1]  # row 0 is the noisiest step
-    p, q = denoised(prediction_type, chain.alpha_t[down], chain.sigma_t[down])
+    down = np.arange(len(chain))[::-1]  # row 0 is the noisiest step
+    estimates = Estimates(prediction_type, chain.alpha_t[down], chain.sigma_t[down], clip)
     c1, c2 = chain.posterior_mean_coef1[down], chain.posterior_mean_coef2[down]
-
     smallest = chain.posterior_log_variance_clipped[down]
     largest = np.log(chain.betas)[down]
-    largest_sigma = np.exp(0.5 * largest)
-    largest_sigma[-1] = np.exp(0.5 * smallest[-1])
-    sigma = {
-        "fixed_small": np.sqrt(chain.posterior_variance[down]),
-        "fixed_large": largest_sigma,
-        "learned_range": np.ones(rows),
-    }[variance]
-    sigma = np.where(np.arange(rows) == rows - 1, 0.0, sigma)
+    sigma = np.sqrt(chain.posterior_variance[down])
+    if variance == "fixed_large":
+        sigma = np.exp(0.5 * largest)
 
-    zero, one = np.zeros(rows), np.ones(rows)
-    if bounds is None:  # columns x, o, c, z
-        A = np.stack([c2 + c1 * p, c1 * q, zero, sigma], axis=1)
-        x_start = np.stack([p, q, zero, zero], axis=1)
-    else:
-        A = np.stack([c2, zero, c1, sigma], axis=1)
-        x_start = np.stack([zero, zero, one, zero], axis=1)
-    learned = variance == "learned_range"
-    steps_streams = np.stack([np.arange(rows), np.full(rows, STREAM_STEP)], axis=1)
-    return SolverPlan(
-        name=f"DDPM, {rows} steps",
-        A=A[:, None],
-        x_start=x_start,
-        t=np.asarray(chain.timesteps[down], np.float64),
-        draws=steps_streams[:, None],
-        P=None if bounds is None else np.stack([p, q, zero], axis=1),
-        lo=None if bounds is None else np.full(rows, bounds[0]),
-        hi=None if bounds is None else np.full(rows, bounds[1]),
-        half_log_variance_min=0.5 * smallest if learned else None,
-        half_log_variance_max=0.5 * largest if learned else None,
+    rec = Recorder(
+        f"DDPM, {len(chain)} steps",
         about={
             "schedule": schedule.name, "prediction_type": prediction_type,
-            "variance": variance, "clip": str(bounds),
+            "variance": variance, "clip": str(estimates.clip),
         },
+        learned_variance=variance == "learned_range",
     )  # fmt: skip
+    x = rec.begin()
+    for i, t in enumerate(chain.timesteps[down]):
+        x, o = rec.call(x, t=float(t))
+        x_0, _ = estimates(rec, x, o, i)
+        x = c1[i] * x_0 + c2[i] * x
+        if i + 1 == len(chain):
+            continue  # no noise at the last step
+        if variance == "learned_range":
+            x = x + rec.learned(rec.noise(), 0.5 * smallest[i], 0.5 * largest[i])
+        else:
+            x = x + sigma[i] * rec.noise()
+    return rec.finish(x)

@@ -10,9 +10,9 @@ import numpy as np
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import Schedule
 from fastdiff.schedules._values import FloatArray, as_flag, as_int
-from fastdiff.solvers.adams import lagrange_polynomials, refuse_zero_alpha
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.grid import grid
+from fastdiff.solvers.grid import grid, refuse_zero_alpha
+from fastdiff.solvers.prediction import Estimates
+from fastdiff.solvers.weights import lagrange_polynomials, phi
 from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["deis", "deis_weights"]
@@ -26,17 +26,11 @@ def deis(
     *,
     order: int = 2,
     prediction_type: str = "epsilon",
-    spacing: str = "linspace",
-    steps_offset: int = 0,
-    timesteps: Any = None,
-    sigmas: Any = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    final: str = "sigma_min",
-    lower_order_final: bool = True,
     clip: tuple[float, float] | None = None,
     thresholding: tuple[float, float] | None = None,
+    lower_order_final: bool = True,
+    final: str = "sigma_min",
+    **levels: Any,
 ) -> SolverPlan:
     """DEIS in its log-rho form, a multistep method of order 1, 2 or 3.
 
@@ -50,14 +44,15 @@ def deis(
 
     Args:
         schedule: what the model was trained with; levels must have alpha_t > 0.
-        steps, spacing, steps_offset, timesteps, sigmas, sigma_min, sigma_max, rho, final: the
-            levels visited (solvers.grid, convention "dpm_solver"). final: "sigma_min" (diffusers),
-            the schedule's lowest level, or "zero", x_0, to which the step is of order 1.
+        steps: model calls, with `levels`: spacing, timesteps, sigmas and so on, as in grid() of
+            fastdiff/solvers/grid.py.
         order: 1, 2 or 3; the first calls use the orders that they have history for.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow".
-        lower_order_final: with fewer than 15 steps the last two are of order <= 2 and 1.
         clip: (lo, hi) bounds of x_0, or None.
         thresholding: (ratio, largest) of dynamic thresholding of x_0 instead, or None.
+        lower_order_final: with fewer than 15 steps the last two are of order <= 2 and 1.
+        final: "sigma_min" (diffusers), the schedule's lowest level, or "zero", x_0, to which the
+            step is of order 1.
 
     A ladder of sigmas ends where final="sigma_min" leads, so that its last step does nothing, as
     in diffusers; final="zero" makes use of it. On a flow path diffusers stops at the last level
@@ -67,13 +62,9 @@ def deis(
         ValueError, TypeError: naming the argument.
     """
     order = as_int("order", order, 1, 3)
-    levels = grid(
-        schedule, steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final,
-        steps_offset=steps_offset, convention="dpm_solver", sigma_min=sigma_min,
-        sigma_max=sigma_max, rho=rho,
-    )  # fmt: skip
-    refuse_zero_alpha(levels, "sigma_t / alpha_t must be finite")
-    R, alpha, sigma = len(levels), levels.alpha, levels.sigma
+    visited = grid(schedule, steps, final=final, **levels)
+    refuse_zero_alpha(visited, "sigma_t / alpha_t must be finite")
+    R, alpha, sigma, lambda_ = len(visited), visited.alpha, visited.sigma, visited.lambda_
     estimates = Estimates(prediction_type, alpha[:-1], sigma[:-1], clip, thresholding)
     lower = as_flag("lower_order_final", lower_order_final) and R < FEW_STEPS
     rec = Recorder(
@@ -83,10 +74,10 @@ def deis(
             "clip": str(estimates.clip), "thresholding": str(estimates.thresholding),
         },
     )  # fmt: skip
-    x = rec.begin(levels.initial_scale)
+    x = rec.begin(visited.initial_scale)
     slopes: list[LinearForm] = []
     for i in range(R):
-        x, o = rec.call(x, t=levels.t[i])
+        x, o = rec.call(x, t=visited.t[i])
         _, eps = estimates(rec, x, o, i)
         slopes = [*slopes, eps][-order:]
         k = min(len(slopes), R - i) if lower else len(slopes)
@@ -94,7 +85,7 @@ def deis(
             change = (sigma[i + 1] * alpha[i] - sigma[i] * alpha[i + 1]) / alpha[i]
             x = alpha[i + 1] / alpha[i] * x + change * eps
         else:
-            C = deis_weights(-levels.lambda_[i + 1 - k : i + 1], -levels.lambda_[i + 1])
+            C = deis_weights(-lambda_[i + 1 - k : i + 1], -lambda_[i + 1])
             x = alpha[i + 1] / alpha[i] * x
             for C_j, eps_j in zip(C, slopes[-k:], strict=True):
                 x = x + alpha[i + 1] * C_j * eps_j
@@ -104,22 +95,11 @@ def deis(
 def deis_weights(log_rho: FloatArray, log_end: float) -> FloatArray:
     """C_j over nodes log_rho (k,), the newest last, for the step from it to log_end.
 
-    With u = log r - log rho_s and h = log rho_t - log rho_s, C_j = rho_s int_0^h l_j(u) e^u du.
+    With u = log r - log rho_s and h = log rho_t - log rho_s, C_j = rho_s int_0^h l_j(u) e^u du, of
+    int_0^h u^m e^u du = h^(m+1) e^h m! phi_{m+1}(-h).
     """
     h = log_end - log_rho[-1]
-    basis = lagrange_polynomials(np.asarray(log_rho))
-    moments = np.array([_moment(m, h) for m in range(len(log_rho))])
-    weights: FloatArray = math.exp(log_rho[-1]) * (basis @ moments)
+    basis = lagrange_polynomials(np.asarray(log_rho) - log_rho[-1])
+    moments = [h ** (m + 1) * math.factorial(m) * phi(m + 1, -h) for m in range(len(log_rho))]
+    weights: FloatArray = math.exp(log_end) * (basis @ moments)
     return weights
-
-
-def _moment(m: int, h: float) -> float:
-    """int_0^h u^m e^u du, to rounding."""
-    if abs(h) > 1:
-        return math.expm1(h) if m == 0 else h**m * math.exp(h) - m * _moment(m - 1, h)
-    total, term, k = 0.0, h ** (m + 1), 0  # sum_k h^(m+1+k) / (k! (m+1+k))
-    while k < 25:
-        total += term / (m + 1 + k)
-        k += 1
-        term *= h / k
-    return total

@@ -8,9 +8,10 @@ from typing import Any
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import Schedule
 from fastdiff.schedules._values import as_flag, as_int
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.exponential import check_choice, check_noise_prediction, phi
-from fastdiff.solvers.grid import Grid, grid
+from fastdiff.solvers.checks import check_choice
+from fastdiff.solvers.grid import NOISE_PREDICTION, Grid, grid, refuse_zero_alpha
+from fastdiff.solvers.prediction import Estimates
+from fastdiff.solvers.weights import phi
 from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["dpm_solver"]
@@ -38,7 +39,7 @@ def dpm_solver(
 ) -> SolverPlan:
     """DPM-Solver of order 1, 2 or 3.
 
-    With lambda = log(alpha/sigma), h = lambda_t - lambda_s, phi_k of exponential.py and D_k the
+    With lambda = log(alpha/sigma), h = lambda_t - lambda_s, phi_k of weights.py and D_k the
     estimate of h^k d^k m/dlambda^k at s from the model's outputs m (D_0 = m_s):
 
         dpmsolver++      x_t = sigma_t/sigma_s x_s + alpha_t h sum_k phi_{k+1}(-h) D_k,     m = x_0
@@ -90,7 +91,7 @@ def dpm_solver(
     if algorithm_type == "sde-dpmsolver" and visited.sigma[-1] == 0:
         raise ValueError("final must be 'sigma_min' for sde-dpmsolver, which diverges at sigma = 0")
     if not data:
-        check_noise_prediction(visited)
+        refuse_zero_alpha(visited, NOISE_PREDICTION)
     alpha, sigma = visited.alpha[:-1], visited.sigma[:-1]
     estimates = Estimates(prediction_type, alpha, sigma, clip, thresholding)
     rows, start = len(visited), int(visited.alpha[0] == 0)

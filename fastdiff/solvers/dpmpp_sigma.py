@@ -21,8 +21,10 @@ from typing import Any
 
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules._values import as_float, as_int
+from fastdiff.solvers.checks import check_choice, check_positive
 from fastdiff.solvers.edm import Formula, ancestral_options, build
 from fastdiff.solvers.sigma_space import Tape, ancestral, toward
+from fastdiff.solvers.weights import phi
 from fastdiff.tracing import LinearForm
 
 __all__ = [
@@ -35,11 +37,9 @@ def dpmpp_2s_ancestral(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """DPM-Solver++(2S) (Lu22+ algorithm 1, r = 1/2) to sigma_down, then noise of sigma_up.
 
@@ -48,14 +48,16 @@ def dpmpp_2s_ancestral(
         x_next = sigma_down / sigma x + (1 - sigma_down / sigma) D(x_2; sigma_mid) + sigma_up z
 
     An Euler step where sigma_down = 0.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "DPM-Solver++(2S) ancestral", _dpmpp_2s_ancestral, sigmas, steps, ladder, final, model,
+        "DPM-Solver++(2S) ancestral", _dpmpp_2s_ancestral, sigmas, steps, options,
         **ancestral_options(eta, s_noise),
     )  # fmt: skip
 
 
-def _dpmpp_2s_ancestral(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0) -> LinearForm:
+def _dpmpp_2s_ancestral(tape: Tape, *, eta: float, s_noise: float) -> LinearForm:
     x = tape.begin()
     for i, sigma, sigma_next in tape.levels.steps():
         x, x_0 = tape.denoise(x, sigma, i)
@@ -73,12 +75,10 @@ def dpmpp_sde(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
     r: float = 0.5,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """DPM-Solver++ (stochastic), two model calls a step; k-diffusion's sample_dpmpp_sde.
 
@@ -90,17 +90,19 @@ def dpmpp_sde(
     z_s and z are of one Brownian path, over [sigma_s, sigma] and [sigma_next, sigma], hence
     correlated: z = (sqrt(sigma - sigma_s) z_s + sqrt(sigma_s - sigma_next) z') /
     sqrt(sigma - sigma_next) with z' independent. 0 < r <= 1.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     r = as_float("r", r)
     if not 0 < r <= 1:
         raise ValueError(f"r must be in (0, 1], not {r}")
     return build(
-        "DPM-Solver++ SDE", _dpmpp_sde, sigmas, steps, ladder, final, model,
+        "DPM-Solver++ SDE", _dpmpp_sde, sigmas, steps, options,
         **ancestral_options(eta, s_noise), r=r,
     )  # fmt: skip
 
 
-def _dpmpp_sde(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5) -> LinearForm:
+def _dpmpp_sde(tape: Tape, *, eta: float, s_noise: float, r: float) -> LinearForm:
     x = tape.begin()
     for i, sigma, sigma_next in tape.levels.steps():
         x, x_0 = tape.denoise(x, sigma, i)
@@ -124,22 +126,17 @@ def _dpmpp_sde(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0, r: float =
     return x
 
 
-def dpmpp_2m(
-    sigmas: Any,
-    steps: int | None = None,
-    *,
-    ladder: str = "karras",
-    final: str = "zero",
-    **model: Any,
-) -> SolverPlan:
+def dpmpp_2m(sigmas: Any, steps: int | None = None, **options: Any) -> SolverPlan:
     """DPM-Solver++(2M): Lu22+ algorithm 2. One history tensor.
 
         D'     = D_i + h_i / (2 h_{i-1}) (D_i - D_{i-1}),        h_i = log(sigma_i / sigma_{i+1})
         x_next = sigma_next / sigma x + (1 - sigma_next / sigma) D'
 
     First order at the first step and at sigma_next = 0.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
-    return build("DPM-Solver++(2M)", _dpmpp_2m, sigmas, steps, ladder, final, model)
+    return build("DPM-Solver++(2M)", _dpmpp_2m, sigmas, steps, options)
 
 
 def _dpmpp_2m(tape: Tape) -> LinearForm:
@@ -162,12 +159,10 @@ def dpmpp_2m_sde(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
     solver_type: str = "midpoint",
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """DPM-Solver++(2M) SDE: Lu22+ eq. 19 in sigma space, as k-diffusion has it. One history tensor.
 
@@ -177,22 +172,21 @@ def dpmpp_2m_sde(
 
     w = (1 - exp(-H)) / 2 for solver_type "midpoint", 1 - (1 - exp(-H)) / H for "heun". First order
     at the first step; x_next = D_i where sigma_next = 0.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     check_solver_type(solver_type)
     return build(
-        "DPM-Solver++(2M) SDE", _dpmpp_2m_sde, sigmas, steps, ladder, final, model,
+        "DPM-Solver++(2M) SDE", _dpmpp_2m_sde, sigmas, steps, options,
         **ancestral_options(eta, s_noise), solver_type=solver_type,
     )  # fmt: skip
 
 
 def check_solver_type(solver_type: str) -> None:
-    if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f"solver_type must be midpoint or heun, not {solver_type!r}")
+    check_choice("solver_type", solver_type, ("midpoint", "heun"))
 
 
-def _dpmpp_2m_sde(
-    tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint"
-) -> LinearForm:
+def _dpmpp_2m_sde(tape: Tape, *, eta: float, s_noise: float, solver_type: str) -> LinearForm:
     x, before, h_before = tape.begin(), None, 0.0
     for i, sigma, sigma_next in tape.levels.steps():
         x, x_0 = tape.denoise(x, sigma, i)
@@ -204,7 +198,7 @@ def _dpmpp_2m_sde(
         H = (1 + eta) * h
         x = math.exp(-H) * x - math.expm1(-H) * x_0
         if before is not None:
-            w = -0.5 * math.expm1(-H) if solver_type == "midpoint" else phi_2(H)
+            w = -0.5 * math.expm1(-H) if solver_type == "midpoint" else H * phi(2, -H)
             x = x + (w * h / h_before) * (x_0 - before)
         if eta:
             scale = sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * s_noise
@@ -217,30 +211,30 @@ def dpmpp_3m_sde(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """DPM-Solver++(3M) SDE, as k-diffusion has it. Two history tensors.
 
-        H      = (1 + eta) h,  phi_2 = 1 - (1 - exp(-H)) / H,  phi_3 = phi_2 / H - 1/2
+        H      = (1 + eta) h,  phi_k = phi_k(-H) of weights.py
         a      = h / h_1 (D_i - D_{i-1}),  b = h / h_2 (D_{i-1} - D_{i-2})
         d_1    = a + (a - b) h_1 / (h_1 + h_2),  d_2 = (a - b) h / (h_1 + h_2)
-        x_next = exp(-H) x + (1 - exp(-H)) D_i + phi_2 d_1 - phi_3 d_2
+        x_next = exp(-H) x + (1 - exp(-H)) D_i + H phi_2 d_1 + H phi_3 d_2
                  + sigma_next sqrt(1 - exp(-2 eta h)) s_noise z
 
     with h_1, h_2 the steps before. First and second order (d_1 = a, d_2 = 0) at the
     beginning; x_next = D_i where sigma_next = 0.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "DPM-Solver++(3M) SDE", _dpmpp_3m_sde, sigmas, steps, ladder, final, model,
+        "DPM-Solver++(3M) SDE", _dpmpp_3m_sde, sigmas, steps, options,
         **ancestral_options(eta, s_noise),
     )  # fmt: skip
 
 
-def _dpmpp_3m_sde(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0) -> LinearForm:
+def _dpmpp_3m_sde(tape: Tape, *, eta: float, s_noise: float) -> LinearForm:
     x = tape.begin()
     past: list[tuple[float, LinearForm]] = []  # (step after it, D), latest first
     for i, sigma, sigma_next in tape.levels.steps():
@@ -257,10 +251,10 @@ def _dpmpp_3m_sde(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0) -> Line
             a, b = (h / h_1) * (x_0 - x_0_1), (h / h_2) * (x_0_1 - x_0_2)
             d_1 = a + (h_1 / (h_1 + h_2)) * (a - b)
             d_2 = (h / (h_1 + h_2)) * (a - b)
-            x = x + phi_2(H) * d_1 - phi_3(H) * d_2
+            x = x + H * phi(2, -H) * d_1 + H * phi(3, -H) * d_2
         elif past:
             h_1, x_0_1 = past[0]
-            x = x + (phi_2(H) * h / h_1) * (x_0 - x_0_1)
+            x = x + (H * phi(2, -H) * h / h_1) * (x_0 - x_0_1)
         if eta:
             scale = sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * s_noise
             x = tape.noised(x, scale, i)
@@ -275,26 +269,26 @@ def dpm_fast(
     *,
     eta: float = 0.0,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """DPM-Solver-fast: n model calls in steps of order 3 and one or two of lower order.
 
     Steps even in t = -log sigma; orders 3 .. 3, 2, 1 when n is a multiple of 3, else 3 .. 3 and the
     rest (Lu22 section 3.4 and appendix D.3, algorithms 1 and 2). With eta > 0 each step goes to
     sigma_down, not below sigma_min, and noise is added.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     levels, orders = fast_steps(sigma_min, sigma_max, n)
     return build(
-        "DPM-Solver-fast", _dpm_fast, levels, None, "karras", "zero", model,
+        "DPM-Solver-fast", _dpm_fast, levels, None, options,
         **ancestral_options(eta, s_noise), orders=orders,
     )  # fmt: skip
 
 
 def fast_steps(sigma_min: float, sigma_max: float, n: int) -> tuple[list[float], tuple[int, ...]]:
     """(noise levels, order of every step) of DPM-Solver-fast."""
-    low, high = as_float("sigma_min", sigma_min), as_float("sigma_max", sigma_max)
-    if low <= 0 or high <= 0:
-        raise ValueError("sigma_min and sigma_max must be > 0")
+    low, high = check_positive("sigma_min", sigma_min), check_positive("sigma_max", sigma_max)
     n = as_int("n", n, 1)
     m = n // 3 + 1
     orders = [3] * (m - 2) + [2, 1] if n % 3 == 0 else [3] * (m - 1) + [n % 3]
@@ -302,9 +296,7 @@ def fast_steps(sigma_min: float, sigma_max: float, n: int) -> tuple[list[float],
     return [*levels, low], tuple(orders)
 
 
-def _dpm_fast(
-    tape: Tape, *, eta: float = 0.0, s_noise: float = 1.0, orders: tuple[int, ...] = ()
-) -> LinearForm:
+def _dpm_fast(tape: Tape, *, eta: float, s_noise: float, orders: tuple[int, ...]) -> LinearForm:
     x = tape.begin()
     last = float(tape.levels.sigmas[-1])
     for i, sigma, sigma_next in tape.levels.steps():
@@ -341,9 +333,9 @@ def _singlestep(
         return first - ((sigma - end) / (2 * r_1)) * (eps_1 - eps)
     r_2 = 2 / 3
     s_2 = sigma * math.exp(-r_2 * h)
-    u_2 = x - (sigma - s_2) * eps - (s_2 * (r_2 / r_1) * -phi_2(-r_2 * h)) * (eps_1 - eps)
+    u_2 = x - (sigma - s_2) * eps - (s_2 * (r_2 / r_1) * r_2 * h * phi(2, r_2 * h)) * (eps_1 - eps)
     eps_2 = eps_at(u_2, s_2)
-    return first - (end / r_2 * -phi_2(-h)) * (eps_2 - eps)
+    return first - (end / r_2 * h * phi(2, h)) * (eps_2 - eps)
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:
@@ -358,20 +350,6 @@ def _descent(sigma: float, sigma_next: float, eta: float) -> float:
             "noise to add"
         )
     return log_ratio(sigma, sigma_next)
-
-
-def phi_2(H: float) -> float:
-    """1 - (1 - exp(-H)) / H = H/2 - H^2/6 + ..., without cancellation; 0 at 0."""
-    if abs(H) > 0.5:
-        return 1 + math.expm1(-H) / H
-    return -sum((-H) ** k / math.factorial(k + 1) for k in range(1, 16))
-
-
-def phi_3(H: float) -> float:
-    """phi_2(H) / H - 1/2 = -H/6 + H^2/24 - ..., without cancellation; 0 at 0."""
-    if abs(H) > 0.5:
-        return phi_2(H) / H - 0.5
-    return sum((-H) ** k / math.factorial(k + 2) for k in range(1, 16))
 
 
 FORMULAS: dict[str, Formula] = {

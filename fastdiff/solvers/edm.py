@@ -1,12 +1,15 @@
 """Samplers of Karras et al. 2022 (EDM) and their kin in sigma space: Euler, Heun, DPM-2, LMS.
 
-All solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM eq. 3) down a ladder of noise levels. Common
-arguments of every builder:
+All solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM eq. 3) down a ladder of noise levels. Arguments
+of every builder:
 
-    sigmas  (R + 1,) noise levels in data units, > 0 but for the last, which may be 0; or a
-            schedule, with `steps`, `ladder` and `final` (see fastdiff/solvers/sigma_space.py)
-    model   options of the network: prediction_type ("sample", "epsilon", "v_prediction", "edm",
-            "edm_v"), scaling, sigma_data, quantize, clip: see Denoiser in the same file
+    sigmas   (R + 1,) noise levels in data units, > 0 but for the last, which may be 0; or a
+             schedule, with `steps`
+    options  of the levels of a schedule: ladder, spacing, steps_offset, timesteps, rho, final: see
+             scheduled_levels() in fastdiff/solvers/sigma_space.py
+             of the network: prediction_type ("sample", "epsilon", "v_prediction", "flow", "edm",
+             "edm_v"), scaling, sigma_data, quantize, clip: see Denoiser in the same file; and
+             schedule, what it was trained with, when sigmas is an array
 
 x_T has standard deviation sigmas[0]. Every builder raises ValueError or TypeError naming the
 argument.
@@ -22,15 +25,9 @@ import numpy as np
 
 from fastdiff.plan import MAX_STATES, SolverPlan
 from fastdiff.schedules._values import as_flag, as_float, as_int
-from fastdiff.solvers.adams import adams_weights
-from fastdiff.solvers.sigma_space import (
-    Denoiser,
-    Tape,
-    ancestral,
-    churned,
-    levels_of,
-    toward,
-)
+from fastdiff.solvers.checks import check_positive
+from fastdiff.solvers.sigma_space import Denoiser, Tape, ancestral, churned, levels_of, toward
+from fastdiff.solvers.weights import adams_weights
 from fastdiff.tracing import LinearForm
 
 __all__ = [
@@ -39,6 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 Formula = Callable[..., LinearForm]
+LEVELS = ("ladder", "spacing", "steps_offset", "timesteps", "rho", "final", "schedule")
+NETWORK = ("prediction_type", "scaling", "sigma_data", "quantize", "clip")
 
 
 def build(
@@ -46,35 +45,31 @@ def build(
     formula: Formula,
     sigmas: Any,
     steps: int | None,
-    ladder: str,
-    final: str,
-    model: dict[str, Any],
-    **options: Any,
+    options: dict[str, Any],
+    **own: Any,
 ) -> SolverPlan:
-    """The plan of a formula over tape and levels."""
-    levels = levels_of(sigmas, steps, ladder, final)
-    known = ("prediction_type", "scaling", "sigma_data", "quantize", "clip")
-    unknown = sorted(set(model) - set(known))
-    if unknown:
-        raise TypeError(f"{unknown[0]} is not an option; a model has {', '.join(known)}")
-    about = {key: str(value) for key, value in options.items()}
-    denoiser = Denoiser(schedule=levels.schedule, **model)
+    """The plan of a formula over tape and levels; `own` are the options of the formula."""
+    for option in options:
+        if option not in (*LEVELS, *NETWORK):
+            raise TypeError(f"{option} is not an option; there are {', '.join(LEVELS + NETWORK)}")
+    levels = levels_of(sigmas, steps, **{key: options[key] for key in LEVELS if key in options})
+    network = {key: options[key] for key in NETWORK if key in options}
+    denoiser = Denoiser(schedule=levels.schedule, **network)
+    about = {key: str(value) for key, value in own.items()}
     tape = Tape(f"{name}, {len(levels)} steps", levels, denoiser, about=about)
-    return tape.finish(formula(tape, **options))
+    return tape.finish(formula(tape, **own))
 
 
 def euler(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     churn_after_model: bool = False,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """Euler's method, with churn: EDM algorithm 2 without its second-order correction.
 
@@ -84,26 +79,19 @@ def euler(
 
     churn_after_model: the model sees x at sigma_i and x_hat enters the rest only, as in diffusers'
         EulerDiscrete and EDMEuler schedulers.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "Euler", _euler, sigmas, steps, ladder, final, model, s_churn=s_churn, s_tmin=s_tmin,
+        "Euler", _euler, sigmas, steps, options, s_churn=s_churn, s_tmin=s_tmin,
         s_tmax=s_tmax, s_noise=s_noise,
         churn_after_model=as_flag("churn_after_model", churn_after_model),
     )  # fmt: skip
 
 
-def _euler(
-    tape: Tape,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    churn_after_model: bool = False,
-) -> LinearForm:
+def _euler(tape: Tape, *, churn_after_model: bool = False, **churn: float) -> LinearForm:
     x = tape.begin()
-    churns = churned(tape.levels, s_churn, s_tmin, s_tmax, s_noise)
-    for (i, sigma, sigma_next), (sigma_hat, scale) in zip(tape.levels.steps(), churns, strict=True):
+    for i, sigma, sigma_next, sigma_hat, scale in churned(tape.levels, **churn):
         if churn_after_model:
             x, output = tape.call(x, sigma, i)
             if scale:
@@ -122,32 +110,29 @@ def euler_ancestral(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """Euler steps to sigma_down, then noise of sigma_up: see ancestral() in sigma_space.py.
 
         x_next = x + (sigma_down - sigma_i) (x - D(x; sigma_i)) / sigma_i + sigma_up s_noise z
 
     eta = 1 is DDPM's ancestral sampling in sigma space, eta = 0 is euler().
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "Euler ancestral", _euler_ancestral, sigmas, steps, ladder, final, model,
+        "Euler ancestral", _euler_ancestral, sigmas, steps, options,
         **ancestral_options(eta, s_noise),
     )  # fmt: skip
 
 
 def ancestral_options(eta: float, s_noise: float) -> dict[str, float]:
-    eta = as_float("eta", eta)
-    if eta < 0:
-        raise ValueError(f"eta must be >= 0, not {eta}")
-    return {"eta": eta, "s_noise": as_float("s_noise", s_noise)}
+    return {"eta": check_positive("eta", eta, zero=True), "s_noise": as_float("s_noise", s_noise)}
 
 
-def _euler_ancestral(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0) -> LinearForm:
+def _euler_ancestral(tape: Tape, *, eta: float, s_noise: float) -> LinearForm:
     x = tape.begin()
     for i, sigma, sigma_next in tape.levels.steps():
         x, x_0 = tape.denoise(x, sigma, i)
@@ -164,13 +149,11 @@ def heun(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """The stochastic sampler of EDM, algorithm 2; with s_churn = 0 the deterministic algorithm 1.
 
@@ -180,24 +163,18 @@ def heun(
         x_next = x_hat + (sigma_next - sigma_hat) (d + d') / 2     x_2 where sigma_next = 0
 
     2 R - 1 model calls when the last sigma is 0, else 2 R.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "Heun", _heun, sigmas, steps, ladder, final, model, s_churn=s_churn, s_tmin=s_tmin,
+        "Heun", _heun, sigmas, steps, options, s_churn=s_churn, s_tmin=s_tmin,
         s_tmax=s_tmax, s_noise=s_noise,
     )  # fmt: skip
 
 
-def _heun(
-    tape: Tape,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> LinearForm:
+def _heun(tape: Tape, **churn: float) -> LinearForm:
     x = tape.begin()
-    churns = churned(tape.levels, s_churn, s_tmin, s_tmax, s_noise)
-    for (i, _, sigma_next), (sigma_hat, scale) in zip(tape.levels.steps(), churns, strict=True):
+    for i, _, sigma_next, sigma_hat, scale in churned(tape.levels, **churn):
         x = tape.churn(x, scale, i)
         x, x_0 = tape.denoise(x, sigma_hat, i)
         x_2 = toward(x, x_0, sigma_hat, sigma_next)
@@ -215,13 +192,11 @@ def dpm_2(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """The midpoint method in log sigma: DPM-Solver-2 (Lu et al. 2022, algorithm 1) with churn.
 
@@ -230,24 +205,18 @@ def dpm_2(
         x_next = x_hat + (sigma_next - sigma_hat) (x_2 - D(x_2; sigma_mid)) / sigma_mid
 
     An Euler step where sigma_next = 0. As k-diffusion and diffusers (KDPM2) have it.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "DPM-2", _dpm_2, sigmas, steps, ladder, final, model, s_churn=s_churn, s_tmin=s_tmin,
+        "DPM-2", _dpm_2, sigmas, steps, options, s_churn=s_churn, s_tmin=s_tmin,
         s_tmax=s_tmax, s_noise=s_noise,
     )  # fmt: skip
 
 
-def _dpm_2(
-    tape: Tape,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> LinearForm:
+def _dpm_2(tape: Tape, **churn: float) -> LinearForm:
     x = tape.begin()
-    churns = churned(tape.levels, s_churn, s_tmin, s_tmax, s_noise)
-    for (i, _, sigma_next), (sigma_hat, scale) in zip(tape.levels.steps(), churns, strict=True):
+    for i, _, sigma_next, sigma_hat, scale in churned(tape.levels, **churn):
         x = tape.churn(x, scale, i)
         x = _midpoint(tape, x, sigma_hat, sigma_next, i)
     return x
@@ -267,23 +236,23 @@ def dpm_2_ancestral(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     eta: float = 1.0,
     s_noise: float = 1.0,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """dpm_2() to sigma_down, then noise of sigma_up (diffusers: KDPM2Ancestral).
 
     Where sigma_down is 0 it is an Euler step to 0 without noise, as upstream.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     return build(
-        "DPM-2 ancestral", _dpm_2_ancestral, sigmas, steps, ladder, final, model,
+        "DPM-2 ancestral", _dpm_2_ancestral, sigmas, steps, options,
         **ancestral_options(eta, s_noise),
     )  # fmt: skip
 
 
-def _dpm_2_ancestral(tape: Tape, *, eta: float = 1.0, s_noise: float = 1.0) -> LinearForm:
+def _dpm_2_ancestral(tape: Tape, *, eta: float, s_noise: float) -> LinearForm:
     x = tape.begin()
     for i, sigma, sigma_next in tape.levels.steps():
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
@@ -297,24 +266,24 @@ def lms(
     sigmas: Any,
     steps: int | None = None,
     *,
-    ladder: str = "karras",
-    final: str = "zero",
     order: int = 4,
-    **model: Any,
+    **options: Any,
 ) -> SolverPlan:
     """Linear multistep method (Adams-Bashforth on an uneven ladder) of an order in 1 .. 7.
 
         x_next = x + sum_j c_j d_{i-j},    d = (x - D(x; sigma)) / sigma
         c_j = integral of the j-th Lagrange polynomial over sigma_{i-j}, from sigma_i to sigma_next
 
-    Lower orders while there is no history. As k-diffusion and
-    diffusers (LMSDiscrete) have it, with the integrals exact.
+    Lower orders while there is no history. As k-diffusion and diffusers (LMSDiscrete) have it, with
+    the integrals exact.
+
+    Arguments and errors in common: help(fastdiff.solvers.edm).
     """
     order = as_int("order", order, 1, MAX_STATES)
-    return build("LMS", _lms, sigmas, steps, ladder, final, model, order=order)
+    return build("LMS", _lms, sigmas, steps, options, order=order)
 
 
-def _lms(tape: Tape, *, order: int = 4) -> LinearForm:
+def _lms(tape: Tape, *, order: int) -> LinearForm:
     x = tape.begin()
     derivatives: list[LinearForm] = []
     nodes: list[float] = []

@@ -33,9 +33,8 @@ from fastdiff.schedules._values import (
     as_int,
     refuse_where,
 )
-from fastdiff.solvers.prediction import check_clip
-from fastdiff.tracing.linear_form import LinearForm
-from fastdiff.tracing.record import Recorder
+from fastdiff.solvers.checks import check_choice, check_clip, check_positive
+from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["flow_euler", "flow_euler_ancestral", "flow_heun", "flow_sde", "flow_sigmas"]
 
@@ -80,10 +79,9 @@ def flow_sigmas(
     """
     if (steps is None) == (sigmas is None):
         raise ValueError("exactly one of steps and sigmas must be given")
-    if time_shift not in ("exponential", "linear"):
-        raise ValueError(f"time_shift must be exponential or linear, not {time_shift!r}")
-    if ladder is not None and ladder not in LADDERS:
-        raise ValueError(f"ladder must be None or one of {', '.join(LADDERS)}, not {ladder!r}")
+    check_choice("time_shift", time_shift, ("exponential", "linear"))
+    if ladder is not None:
+        check_choice("ladder", ladder, tuple(LADDERS))
     T = as_int("num_train_timesteps", num_train_timesteps, 1)
     if steps is not None:
         (lowest,) = flow_shift([1.0 / T], shift=shift)
@@ -186,9 +184,8 @@ def flow_heun(
 
     Other arguments and errors: see flow_euler().
     """
-    churn, noise_scale = as_float("s_churn", s_churn), as_float("s_noise", s_noise)
-    if churn < 0 or noise_scale < 0:
-        raise ValueError(f"s_churn and s_noise must be >= 0, got {churn} and {noise_scale}")
+    churn = check_positive("s_churn", s_churn, zero=True)
+    noise_scale = check_positive("s_noise", s_noise, zero=True)
     if not s_tmin <= s_tmax:
         raise ValueError(f"s_tmin must not exceed s_tmax, got {s_tmin} and {s_tmax}")
     flow = _Flow("Flow Heun", sigmas, prediction_type, clip, timesteps, num_train_timesteps)
@@ -253,8 +250,7 @@ def flow_sde(
 
     Other arguments and errors: see flow_euler().
     """
-    if method not in SDE_METHODS:
-        raise ValueError(f"method must be one of {', '.join(SDE_METHODS)}, not {method!r}")
+    check_choice("method", method, SDE_METHODS)
     noisy_end = as_flag("final_noise", final_noise)
     name = f"Flow SDE ({method})"
     flow = _Flow(name, sigmas, prediction_type, clip, timesteps, num_train_timesteps)
@@ -355,11 +351,7 @@ class _Flow:
         levels = sigmas if given else flow_sigmas(sigmas, num_train_timesteps=T)  # type: ignore[arg-type]
         self.sigmas = _check_levels(levels).tolist()
         self.n = len(self.sigmas) - 1
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
-                f"not {prediction_type!r}"
-            )
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "epsilon" and self.sigmas[0] == 1:
             raise ValueError("prediction_type 'epsilon' is undefined at sigma = 1: nothing of x_0")
         if inverted and prediction_type != "flow":

@@ -23,8 +23,9 @@ from fastdiff.schedules._values import (
     refuse_where,
 )
 from fastdiff.schedules.spacing import SPACINGS
+from fastdiff.solvers.checks import check_choice
 
-__all__ = ["Grid", "grid", "level", "model_t"]
+__all__ = ["NOISE_PREDICTION", "Grid", "grid", "level", "model_t", "refuse_zero_alpha"]
 
 CONVENTIONS = ("dpm_solver", "euler", "ddim")
 FINALS = ("zero", "sigma_min")
@@ -32,6 +33,7 @@ LADDERS: dict[str, Callable[..., FloatArray]] = {
     "karras": ladders.karras, "exponential": ladders.exponential, "beta": ladders.beta,
     "lu": ladders.lu,
 }  # fmt: skip
+NOISE_PREDICTION = "noise prediction is not defined there: use data prediction"
 SAME = 1e-9  # relative: far below any real step, far above rounding
 
 
@@ -142,8 +144,7 @@ def grid(
     if timesteps is not None and (steps is not None or isinstance(sigmas, str)):
         raise ValueError("timesteps exclude steps and a named ladder of sigmas")
     if isinstance(sigmas, str):
-        if sigmas not in LADDERS:
-            raise ValueError(f"sigmas must be one of {', '.join(LADDERS)}, not {sigmas!r}")
+        check_choice("sigmas", sigmas, tuple(LADDERS))
         finite = table[np.isfinite(table) & (table > 0)]
         low, high = (
             finite[end] if value is None else as_float(name, value)
@@ -256,6 +257,14 @@ def model_t(schedule: Schedule, ratio: Any) -> FloatArray:
     return np.where(np.isinf(ratio), times[-1], t)
 
 
+def refuse_zero_alpha(levels: Grid, reason: str) -> None:
+    if levels.alpha[0] == 0:
+        raise ValueError(
+            f"schedule has alpha_t = 0 at the first level (zero terminal SNR): {reason}, or leave "
+            "that level out with timesteps= or sigmas="
+        )
+
+
 def _spaced(
     schedule: Schedule,
     steps: Any,
@@ -351,9 +360,6 @@ def _check(schedule: Any, spacing: Any, final: Any, convention: Any) -> None:
         raise TypeError(
             f"schedule must be a NoiseSchedule or a GaussianPath, not {type(schedule).__name__}"
         )
-    for name, value, allowed in (
-        ("spacing", spacing, SPACINGS), ("final", final, FINALS),
-        ("convention", convention, CONVENTIONS),
-    ):  # fmt: skip
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    check_choice("spacing", spacing, SPACINGS)
+    check_choice("final", final, FINALS)
+    check_choice("convention", convention, CONVENTIONS)

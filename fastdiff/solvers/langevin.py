@@ -24,8 +24,8 @@ import numpy as np
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import GaussianPath, NoiseSchedule, ve, ve_geometric
 from fastdiff.schedules._values import FloatArray, as_flag, as_float, as_float_vector, as_int
-from fastdiff.tracing.linear_form import LinearForm
-from fastdiff.tracing.record import Recorder
+from fastdiff.solvers.checks import check_choice
+from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["ncsn", "ncsnv2", "ncsnv2_step_size", "score_sde_ve", "score_sde_vp"]
 
@@ -294,7 +294,7 @@ def _predictor_corrector(
     last = as_flag("denoise", denoise)
     if r <= 0:
         raise ValueError(f"snr must be > 0, got {r}")
-    _check_prediction_type(prediction_type)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if M and prediction_type == "sample":
         raise ValueError(
             "prediction_type must be 'score' or 'epsilon' with a corrector: the norm that it "
@@ -330,7 +330,7 @@ def _annealed(
     """x' = x + drift alpha_i s + sqrt(2 drift alpha_i) z at every level."""
     path = _ladder(sigmas)
     T, epsilon = as_int("steps_per_level", steps_per_level, 1), as_float("step_size", step_size)
-    _check_prediction_type(prediction_type)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     smallest = float(path.sigma_t[0])
     if not 0 < drift * epsilon < 2 * smallest**2:
         raise ValueError(
@@ -386,13 +386,5 @@ def _times(sampling_eps: float, N: int) -> tuple[FloatArray, np.ndarray]:
 def _choose(
     steps: dict[str, tuple[FloatArray, FloatArray, FloatArray]], predictor: str
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    if predictor not in PREDICTORS:
-        raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, not {predictor!r}")
+    check_choice("predictor", predictor, PREDICTORS)
     return steps[predictor]
-
-
-def _check_prediction_type(prediction_type: str) -> None:
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}"
-        )

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import Schedule
 from fastdiff.schedules._values import as_flag, as_float, as_int
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.exponential import check_choice, check_noise_prediction, phi
-from fastdiff.solvers.grid import Grid, grid
+from fastdiff.solvers.checks import check_choice
+from fastdiff.solvers.grid import NOISE_PREDICTION, Grid, grid, refuse_zero_alpha
+from fastdiff.solvers.prediction import Estimates
+from fastdiff.solvers.weights import lagrange_polynomials, phi
 from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["sa_solver"]
@@ -83,7 +82,7 @@ def sa_solver(
     if not data and visited.sigma[-1] == 0 and taus[-1] != 0:
         raise ValueError("final must be 'sigma_min' for noise_prediction with tau > 0 at the end")
     if not data:
-        check_noise_prediction(visited)
+        refuse_zero_alpha(visited, NOISE_PREDICTION)
     alpha, sigma = visited.alpha[:-1], visited.sigma[:-1]
     estimates = Estimates(prediction_type, alpha, sigma, clip, thresholding)
     step = _Step(visited, data)
@@ -151,23 +150,13 @@ class _Step:
             moments = [h * math.factorial(k) * phi(k + 1, h) for k in range(len(m))]
             scale = -drift * sigma_t
         nodes = [(lam[newest - j] - lam[s]) / h for j in range(len(m))] if len(m) > 1 else [0.0]
-        weights = [scale * weight for weight in _adams(nodes, moments)]
+        weights = (scale * (lagrange_polynomials(nodes) @ moments)).tolist()
         if self.data and len(m) == 2:
             moved = drift * alpha_t * h * (0.5 - phi(2, -y)) / (nodes[0] - nodes[1])
             weights = [weights[0] + moved, weights[1] - moved]
         for weight, m_j in zip(weights, m, strict=True):
             x = x + weight * m_j
         return x + noise * z
-
-
-def _adams(nodes: list[float], moments: list[float]) -> list[float]:
-    """sum_k c_jk moments_k for the Lagrange polynomials l_j(u) = sum_k c_jk u^k over nodes."""
-    weights = []
-    for j, node in enumerate(nodes):
-        others = nodes[:j] + nodes[j + 1 :]
-        c = np.atleast_1d(np.poly(others))[::-1] / math.prod(node - other for other in others)
-        weights.append(float(np.dot(c, moments)))
-    return weights
 
 
 def _taus(tau: float | Callable[[float], float] | None, t: list[float]) -> list[float]:

@@ -12,7 +12,6 @@ eq. 7). All of c_skip, c_out and c_in go into the coefficients of the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +21,15 @@ from numpy.typing import NDArray
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import GaussianPath, NoiseSchedule, Schedule
 from fastdiff.schedules._values import as_flag, as_float, as_float_vector, refuse_where
-from fastdiff.schedules.spacing import SPACINGS
-from fastdiff.solvers.grid import LADDERS, grid, level, model_t
-from fastdiff.solvers.prediction import check_clip
+from fastdiff.solvers.checks import check_choice, check_clip, check_positive
+from fastdiff.solvers.grid import LADDERS, grid, level, model_t, refuse_zero_alpha
 from fastdiff.solvers.prediction import denoised as x_0_of
 from fastdiff.tracing import LinearForm, Recorder
 
-__all__ = ["Call", "Denoiser", "Levels", "Tape", "ancestral", "churned", "levels_of", "toward"]
+__all__ = [
+    "Call", "Denoiser", "Levels", "Tape", "ancestral", "churned", "levels_of", "scheduled_levels",
+    "toward",
+]  # fmt: skip
 
 FloatArray = NDArray[np.float64]
 SCALINGS = ("ve", "vp", "flow")
@@ -41,12 +42,14 @@ class Levels:
     Attributes:
         sigmas: float64 (R + 1,), finite, > 0 but for the last, which may be 0.
         t: (R,) the model's t at sigmas[:-1], where it is known better than from sigma.
-        schedule: what the levels were taken from.
+        schedule: what gives t, and alpha_t where the network has no scaling of its own.
+        initial_scale: standard deviation of x_T; default sigmas[0].
     """
 
     sigmas: FloatArray
     t: FloatArray | None = None
     schedule: Schedule | None = None
+    initial_scale: float | None = None
 
     def __len__(self) -> int:
         return len(self.sigmas) - 1
@@ -58,41 +61,76 @@ class Levels:
 
 
 def levels_of(
-    sigmas: Any, steps: int | None = None, ladder: str = "karras", final: str = "zero"
+    sigmas: Any, steps: int | None = None, *, schedule: Schedule | None = None, **options: Any
 ) -> Levels:
     """Levels from an array, or `steps` levels of a schedule and the final one.
 
     Args:
-        sigmas: (R + 1,) real numbers, finite, > 0 but for the last; or a schedule.
-        ladder, final: with a schedule, solvers.grid's: a ladder "karras", "exponential", "beta" or
-            "lu" between its ends, or a spacing "linspace", "leading" or "trailing" with sigma
-            interpolated between the training timesteps, as diffusers' Euler and Heun schedulers do.
+        sigmas: (R + 1,) real numbers, finite, > 0 but for the last; or a schedule, with
+            scheduled_levels()' options.
+        schedule: of the network, when sigmas is an array.
     """
-    if not isinstance(sigmas, NoiseSchedule | GaussianPath):
-        if steps is not None:
-            raise ValueError("steps goes with a schedule: an array of sigmas has its own number")
-        values = as_float_vector("sigmas", sigmas)
-        if values.size < 2:
-            raise ValueError("sigmas must hold at least 2 levels: where a step starts and ends")
-        refuse_where("sigmas", values, ~np.isfinite(values) | (values < 0), "be finite and >= 0")
-        inner = np.append(values[:-1] == 0, False)
-        refuse_where("sigmas", values, inner, "be > 0 before the last")
-        return Levels(values)
-    if steps is None:
+    if isinstance(sigmas, NoiseSchedule | GaussianPath):
+        if schedule is not None:
+            raise ValueError("schedule goes with an array of sigmas")
+        return scheduled_levels(sigmas, steps, **options)
+    if steps is not None or options:
+        name = next(iter(options), "steps") if steps is None else "steps"
+        raise ValueError(f"{name} goes with a schedule: an array is the levels themselves")
+    values = as_float_vector("sigmas", sigmas)
+    if values.size < 2:
+        raise ValueError("sigmas must hold at least 2 levels: where a step starts and ends")
+    refuse_where("sigmas", values, ~np.isfinite(values) | (values < 0), "be finite and >= 0")
+    inner = np.append(values[:-1] == 0, False)
+    refuse_where("sigmas", values, inner, "be > 0 before the last")
+    return Levels(values, schedule=schedule)
+
+
+def scheduled_levels(
+    schedule: Schedule,
+    steps: int | None,
+    *,
+    ladder: str | None = "karras",
+    spacing: str = "linspace",
+    steps_offset: int = 0,
+    timesteps: Any = None,
+    rho: float = 7.0,
+    final: str = "zero",
+) -> Levels:
+    """Levels of a schedule, as diffusers' Euler, Heun, LMS and KDPM2 schedulers choose them.
+
+    Args:
+        ladder: "karras" (rho), "exponential", "beta" or "lu", between the ends of what spacing
+            visits; None: what it visits, with sigma interpolated between the training timesteps.
+        spacing, steps_offset: solvers.grid's, convention "euler". With "leading" x_T has standard
+            deviation sqrt(sigma^2 + 1), as upstream, else sigma.
+        timesteps: explicit ones instead of steps and ladder.
+        final: "zero", or "sigma_min", the schedule's lowest level.
+    """
+    if timesteps is not None:
+        visited = grid(schedule, steps, timesteps=timesteps, final=final, convention="euler")
+    elif steps is None:
         raise ValueError("steps must be given with a schedule")
-    if ladder in LADDERS:
-        levels = grid(sigmas, steps, sigmas=ladder, final=final, convention="euler")
-    elif ladder in SPACINGS:
-        levels = grid(sigmas, steps, spacing=ladder, final=final, convention="euler")
     else:
-        allowed = ", ".join((*LADDERS, *SPACINGS))
-        raise ValueError(f"ladder must be one of {allowed}, not {ladder!r}")
-    if levels.alpha[0] == 0:
-        raise ValueError(
-            "sigmas: the schedule begins without signal (zero terminal SNR), where sigma is "
-            "infinite: give a named ladder"
-        )
-    return Levels(levels.ratio, levels.t, sigmas)
+        low = high = None
+        if ladder is not None:
+            check_choice("ladder", ladder, tuple(LADDERS))
+        if ladder is None or spacing != "linspace":
+            visited = grid(
+                schedule, steps, spacing=spacing, steps_offset=steps_offset, final=final,
+                convention="euler",
+            )  # fmt: skip
+            levels = visited.ratio[:-1][np.isfinite(visited.ratio[:-1])]
+            low, high = float(levels[-1]), float(levels[0])
+        if ladder is not None:
+            visited = grid(
+                schedule, steps, sigmas=ladder, rho=rho, final=final, convention="euler",
+                sigma_min=low, sigma_max=high,
+            )  # fmt: skip
+    refuse_zero_alpha(visited, "sigma is infinite there: give a named ladder")
+    sigmas = visited.ratio
+    scale = float(np.hypot(sigmas[0], 1.0)) if spacing == "leading" else None
+    return Levels(sigmas, visited.t, schedule, scale)
 
 
 @dataclass(frozen=True)
@@ -127,14 +165,12 @@ class Denoiser:
     def __post_init__(self) -> None:
         as_flag("quantize", self.quantize)
         object.__setattr__(self, "clip", check_clip(self.clip))
-        object.__setattr__(self, "sigma_data", as_float("sigma_data", self.sigma_data))
-        if self.sigma_data <= 0:
-            raise ValueError(f"sigma_data must be > 0, not {self.sigma_data}")
+        object.__setattr__(self, "sigma_data", check_positive("sigma_data", self.sigma_data))
         if self.scaling is None and self.schedule is None:
             default = "ve" if self.prediction_type == "sample" else "vp"
             object.__setattr__(self, "scaling", default)
-        if self.scaling not in (*SCALINGS, None):
-            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r}")
+        if self.scaling is not None:
+            check_choice("scaling", self.scaling, SCALINGS)
         self.scalings(1.0)  # refuses unknown prediction types
 
     def scalings(self, sigma: float) -> tuple[float, float, float]:
@@ -221,7 +257,8 @@ class Tape:
         self._recorder = Recorder(name, described | (about or {}), draw_dtype="model_output")
 
     def begin(self) -> LinearForm:
-        return self._recorder.begin(scale=float(self.levels.sigmas[0]))
+        scale = self.levels.initial_scale
+        return self._recorder.begin(float(self.levels.sigmas[0]) if scale is None else scale)
 
     def denoise(self, x: LinearForm, sigma: float, i: int) -> tuple[LinearForm, LinearForm]:
         """A model call of step i: (x, D(x; sigma))."""
@@ -304,16 +341,19 @@ def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float
 
 
 def churned(
-    levels: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> Sequence[tuple[float, float]]:
-    """(sigma_hat, scale of the noise) of every step: EDM algorithm 2, lines 4 to 6."""
-    s_churn, s_noise = as_float("s_churn", s_churn), as_float("s_noise", s_noise)
-    if s_churn < 0:
-        raise ValueError(f"s_churn must be >= 0, not {s_churn}")
+    levels: Levels,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> list[tuple[int, float, float, float, float]]:
+    """(i, sigma, sigma_next, sigma_hat, scale of the noise): EDM algorithm 2, lines 4 to 6."""
+    s_churn, s_noise = check_positive("s_churn", s_churn, zero=True), as_float("s_noise", s_noise)
     result = []
-    for _, sigma, _ in levels.steps():
+    for i, sigma, sigma_next in levels.steps():
         inside = s_tmin <= sigma <= s_tmax
         gamma = min(s_churn / len(levels), math.sqrt(2) - 1) if inside else 0.0
         # sqrt(sigma_hat^2 - sigma^2) = sigma sqrt(gamma (2 + gamma))
-        result.append((sigma * (1 + gamma), sigma * math.sqrt(gamma * (2 + gamma)) * s_noise))
+        scale = sigma * math.sqrt(gamma * (2 + gamma)) * s_noise
+        result.append((i, sigma, sigma_next, sigma * (1 + gamma), scale))
     return result

@@ -11,9 +11,10 @@ import numpy as np
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import Schedule
 from fastdiff.schedules._values import as_flag, as_int
-from fastdiff.solvers.estimates import Estimates
-from fastdiff.solvers.exponential import check_choice, check_noise_prediction, phi
-from fastdiff.solvers.grid import Grid, grid
+from fastdiff.solvers.checks import check_choice
+from fastdiff.solvers.grid import NOISE_PREDICTION, Grid, grid, refuse_zero_alpha
+from fastdiff.solvers.prediction import Estimates
+from fastdiff.solvers.weights import phi
 from fastdiff.tracing import LinearForm, Recorder
 
 __all__ = ["unipc"]
@@ -76,7 +77,7 @@ def unipc(
     rows, start = len(visited), int(visited.alpha[0] == 0)
     disabled = {as_int("disable_corrector", i, 0) for i in disable_corrector}
     if not data:
-        check_noise_prediction(visited)
+        refuse_zero_alpha(visited, NOISE_PREDICTION)
     alpha, sigma = visited.alpha[:-1], visited.sigma[:-1]
     estimates = Estimates(prediction_type, alpha, sigma, clip, thresholding)
     step = _Step(visited, data, solver_type)

@@ -158,8 +158,10 @@ class LinearForm:
         value = number(other, "divide")
         if value is None:
             raise NotAffineError("divide", f"by {type(other).__name__} is not affine")
-        if value == 0.0 or not math.isfinite(value):
+        if value == 0.0 or math.isnan(value):
             raise NotAffineError("divide", f"by {value}")
+        if math.isinf(value):
+            return self._like({})
         return self._like({k: v / value for k, v in self.terms.items()})
 
     def __neg__(self) -> LinearForm:

@@ -36,8 +36,11 @@ FloatArray = NDArray[np.float64]
 Terms = dict[int, float]
 Slots = list[Terms | None]  # history by slot; None where a slot is free
 
-# A direction of this relative size is rounding of the float64 arithmetic before it.
-RANK = 1e-12
+# A direction of this relative size is rounding of the float64 arithmetic before it: a step over a
+# ratio of noise levels r leaves 1e-16 r of it.
+RANK = 1e-10
+# The same, where only one source is left to express a functional by.
+LOOSE = 1e-7
 # The same, of a functional's part relative to all of it.
 CANCELLED = 1e-13
 # A natural candidate is taken when at least this much of it is new: bounds the condition number.
@@ -148,11 +151,14 @@ def _needed(recorder: Recorder, targets: list[Terms]) -> list[list[Terms]]:
             wanted.append(row.clamp.form.terms)
         past = [_restricted(terms, row.first) for terms in wanted]
         past = [terms for terms in past if terms]
-        if past:
+        if past and i:
             past = _independent(past, [] if recorder.open_loop else [row.seen.terms])
         needed[i] = after = past
-    if needed[0]:  # a closed loop may only need what the model sees
-        raise NotAffineError("the sampler", "uses its starting sample apart from what it shows")
+    # Before the first call there is what the model sees, and nothing else.
+    for terms in needed[0]:
+        if _ratio(rows[0].seen.terms, terms, LOOSE) is None:
+            raise NotAffineError("the sampler", "uses its starting sample apart from what it shows")
+    needed[0] = []
     return needed
 
 
@@ -410,7 +416,7 @@ def _solve(target: Terms, sources: dict[int, Terms], least: float = 0.0) -> dict
     """target = sum_k a_k source_k, or None when there is no such sum; what is missing may be
     `least`."""
     for k, source in sources.items():
-        ratio = _ratio(source, target, RANK if len(sources) == 1 else 1e-15)
+        ratio = _ratio(source, target, LOOSE if len(sources) == 1 else 1e-15)
         if ratio is not None:
             return {k: ratio}
     if len(sources) < 2:

@@ -313,8 +313,10 @@ class Recorder:
         self.rows[-1].preview = form
 
     def hint(self, forms: Iterable[LinearForm]) -> None:
-        """Tensors that the traced code keeps after the last call: natural history."""
-        self.rows[-1].hints = list(forms)
+        """Tensors that the traced code keeps after the last call: natural history. Those that it
+        kept before are no news."""
+        row = self.rows[-1]
+        row.hints = [form for form in forms if form.terms and max(form.terms) >= row.first]
 
     def finish(self, x: LinearForm) -> SolverPlan:
         """The plan of what was recorded, with x the result."""

@@ -50,7 +50,9 @@ def accelerate(
             generator given to step is then not used.
         float32_latents: keep the sample in float32 between steps; what step returns is rounded
             from it in the same pass. As long as the caller hands back what it was given, low
-            precision costs one rounding of the model's input and no more.
+            precision costs one rounding of the model's input and no more. A sample that was
+            edited, in place or not, is taken as it is; only edits in place under
+            torch.inference_mode, which keeps no count of them, are not seen.
         outputs_are_fresh: the model never writes again to an output it has returned (no CUDA
             graph replays into the same memory): history that is an output is kept, not copied.
         backend: "reference", "native" or "triton"; default the best for the device.
@@ -80,13 +82,13 @@ class Accelerated:
 
     def __getattr__(self, name: str) -> Any:
         stepper = vars(self).get(_STEPPER)
-        if stepper is not None and stepper.serves(name):
+        if isinstance(stepper, Stepper) and stepper.serves(name):
             return stepper.attribute(name)
         return super().__getattr__(name)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        stepper: Stepper | None = vars(self).get(_STEPPER)
-        saved = None if stepper is None else stepper.saved()
+        stepper = vars(self).get(_STEPPER)
+        saved = stepper.saved() if isinstance(stepper, Stepper) else None
         return _rebuilt, (self._fastdiff_upstream, _options(self), _state(self), saved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -122,10 +124,10 @@ def _rebuilt(
 def _instance(scheduler: Any, options: Options) -> Any:
     upstream = _upstream_of(type(scheduler))
     state = _state(scheduler)
-    stepper: Stepper | None = vars(scheduler).get(_STEPPER)
-    if stepper is not None:
-        state = {**stepper.put_away(), **state}
-    return _rebuilt(upstream, options, state)
+    stepper = vars(scheduler).get(_STEPPER)
+    if not isinstance(stepper, Stepper):
+        return _rebuilt(upstream, options, state)
+    return _rebuilt(upstream, options, {**stepper.put_away(), **state}, stepper.left())
 
 
 def _upstream_of(cls: type) -> type:
@@ -266,6 +268,8 @@ def _resetting(method: Callable[..., Any]) -> Callable[..., Any]:
         stepper: Stepper | None = vars(self).get(_STEPPER)
         if stepper is not None:
             stepper.end()
+        # Set, so that whoever puts __dict__ aside here and back later begins a run of its own.
+        vars(self)[_STEPPER] = None
         return method(self, *args, **kwargs)
 
     return wrapper

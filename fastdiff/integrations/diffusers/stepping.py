@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +97,7 @@ class Stepper:
         self._last: Tensor | None = None
         self._version = 0  # of _last, when it was handed out
         self._only_upstream = ""
+        self._elsewhere = False  # whether the history of the run under way is another's
         self._before: dict[str, Any] = {}  # the scheduler's attributes when the run began
         self._doubled = False  # whether outputs have twice the channels: learned variance
         self._kinds: dict[str, Any] = {}  # how the run was made
@@ -128,6 +130,7 @@ class Stepper:
     def resume(self, saved: dict[str, Any]) -> None:
         """Goes on where the stepper stood that `saved` is from."""
         self._only_upstream = saved["only_upstream"]
+        self._elsewhere = "elsewhere" in saved
         if "run" in saved:
             self._before, foreign, begin, settings, doubled, kinds, index, states = saved["run"]
             self._foreign = list(foreign)
@@ -136,6 +139,14 @@ class Stepper:
             assert self.traced is not None and self.traced.plan is not None
             self.run, self._kinds = Run(self.traced.plan, states[0], **kinds), kinds
             self.run.index, self.run._states = index, states
+
+    def left(self) -> dict[str, Any]:
+        """What `resume` needs in a scheduler that does not go on with this run."""
+        saved: dict[str, Any] = {"only_upstream": self._only_upstream}
+        run = self.run
+        if run is not None and run.index and not run.done and run.plan.states > 1:
+            saved["elsewhere"] = True
+        return saved
 
     def hand_on(self, other: Stepper) -> None:
         """Lets a resumed copy take the sample that this stepper returned for its own."""
@@ -153,7 +164,7 @@ class Stepper:
         return_dict = arguments.pop("return_dict", True)
         generator = arguments.pop("generator", None)
         given = arguments.pop("variance_noise", None)
-        kind = _kind(output, sample)
+        kind = _kind(output, timestep, sample)
         row = self._next_row(timestep) if kind == self._kind and arguments == self._settings else -1
         if row < 0:
             reason = self._prepare(output, timestep, sample, arguments)
@@ -198,6 +209,11 @@ class Stepper:
 
     def _prepare(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> str:
         """Sets the run to the row of this step; the reason why upstream's own step must do it."""
+        if self._elsewhere:
+            raise ValueError(
+                f"{self.upstream.__name__} was accelerated anew in the middle of a run, whose "
+                "history the first object holds: call set_timesteps() before its steps"
+            )
         reason = self._only_upstream or _unfit(output, sample, arguments)
         if reason:
             return reason
@@ -205,7 +221,12 @@ class Stepper:
         assert self.traced is not None
         if self.traced.plan is None:
             return self.traced.reason
-        self._now = self._observed(output, timestep, sample)
+        try:
+            self._now = self._observed(output, timestep, sample)
+        except Exception:
+            if self.counted and self.run is None:
+                self.scheduler._step_index = None  # as upstream leaves it: no run has begun
+            raise
         run = self.run
         if run is None or run.index != row or run.x.shape != sample.shape:
             run = self._start(row, output, sample, self._now)
@@ -223,7 +244,12 @@ class Stepper:
             position = scheduler._step_index
             if position is None:
                 _check_shapes(output, sample)
-                position, traced = self._first_position(timestep), None
+                try:
+                    position, traced = self._first_position(timestep), None
+                except Exception:
+                    # Upstream may have refused the timestep (an index, say) before it looked.
+                    self.upstream.step(scheduler, output, timestep, sample, **arguments)
+                    raise
         else:
             position = self._position(timestep)
         if traced is None:
@@ -320,8 +346,8 @@ class Stepper:
         timesteps = self._timesteps_from(position)
         # Beyond the end upstream may go on (timesteps that repeat, below) or not; and the last of
         # SCM's timesteps only ends the last step.
-        beyond = self._repeated(position)
-        ends = [*range(len(timesteps) + beyond, max(len(timesteps) - 2, 0), -1)]
+        beyond, ordinary = self._repeated(position), len(timesteps)
+        ends = [*range(ordinary + beyond, max(ordinary - 2, 0), -1)]
         timesteps += timesteps[-1:] * beyond
         for end in ends:
             notes = TraceNotes()
@@ -334,7 +360,8 @@ class Stepper:
             except Exception as error:
                 # Whatever upstream's code does on forms, its own step on images is the answer.
                 reason = f"{type(error).__name__}: {error}"
-                if end == ends[-1] or not isinstance(error, IndexError | AssertionError):
+                ended = end > ordinary or isinstance(error, IndexError | AssertionError)
+                if end == ends[-1] or not ended:
                     return Traced(None, reason)
         if "preview" in plan.about:
             return Traced(None, f"its second result {plan.about['preview']}")
@@ -352,13 +379,13 @@ class Stepper:
         return Traced(plan, "", notes, kept, frozenset(images), scales, _condensed(notes, plan))
 
     def _repeated(self, position: int) -> int:
-        """How many timesteps right before a position equal the one at it: upstream begins at the
-        second of two equal ones, so that a loop over all of them steps beyond the end."""
-        if position <= 0:
+        """How far before a position its timestep stands first: upstream looks for it and begins at
+        the second of equal ones, so that a loop over all of them steps beyond the end."""
+        if position <= 0 or getattr(self.scheduler, "_begin_index", None) is not None:
             return 0
         values = self.scheduler.timesteps[: position + 1].tolist()
-        before = [value != values[-1] for value in values[-2::-1]]
-        return before.index(True) if True in before else len(before)
+        first: int = values.index(values[-1])
+        return position - first
 
     def _timesteps_from(self, position: int) -> list[Tensor]:
         timesteps: Tensor = self.scheduler.timesteps.cpu()
@@ -428,6 +455,8 @@ class Stepper:
         traced, run = self.traced, self.run
         if traced is None or traced.plan is None or run is None or run.done:
             return None
+        if self.counted and vars(self.scheduler)["_step_index"] != self.begin + run.index:
+            return None
         return traced.scales[run.index]
 
     def serves(self, name: str) -> bool:
@@ -443,7 +472,13 @@ class Stepper:
 
     def _materialized(self, value: Any, name: str) -> Any:
         if isinstance(value, list):
-            return [self._materialized(item, name) for item in value]
+            items = []
+            for item in value:
+                try:
+                    items.append(self._materialized(item, name))
+                except AttributeError as error:
+                    items.append(error)
+            return _Carried(items)
         if not isinstance(value, LinearForm):
             return value
         assert self.traced is not None and self.run is not None
@@ -581,6 +616,23 @@ def _multiples(one: dict[int, float], other: dict[int, float]) -> bool:
     return all(abs(other[k] - ratio * one[k]) <= 1e-9 * abs(other[k]) for k in one)
 
 
+class _Carried(list[Any]):
+    """A list of images, of which reading one that the run does not carry raises AttributeError."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        for item in found if isinstance(index, slice) else [found]:
+            if isinstance(item, AttributeError):
+                raise item
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[k] for k in range(len(self)))
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
 def _images(value: Any) -> bool:
     """Whether an attribute holds images, alone or in a list."""
     return isinstance(value, LinearForm) or (
@@ -592,12 +644,13 @@ def _handed(row: int, draw: int) -> Tensor:
     raise AssertionError("the draws are given to every step")
 
 
-def _kind(output: Any, sample: Any) -> Any:
+def _kind(output: Any, timestep: Any, sample: Any) -> Any:
     """What must stay the same from step to step for the last step's checks to hold."""
     if type(output) is not Tensor or type(sample) is not Tensor:
         return None
     return (
         output.shape, sample.shape, output.dtype, sample.dtype, output.device, sample.device,
+        timestep.dtype if type(timestep) is Tensor else type(timestep),
     )  # fmt: skip
 
 

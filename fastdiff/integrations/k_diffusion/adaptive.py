@@ -17,9 +17,9 @@ from fastdiff.ops.checks import check_sample
 from fastdiff.ops.draw import randn
 from fastdiff.ops.step import StepSpec
 from fastdiff.schedules._values import as_float
-from fastdiff.solvers.dpmpp_sigma import phi_2
 from fastdiff.solvers.edm import ancestral_options
 from fastdiff.solvers.sigma_space import ancestral
+from fastdiff.solvers.weights import phi
 
 from .driver import Progress, check_drawn
 from .network import Network, network_of
@@ -195,9 +195,9 @@ class Trial:
         passes = [Pass(made, [0, 1], True)]
         if self._order == 2:
             return [sigma, s_1], [*passes, Pass([second], [0, 1, 2], False)]
-        u_2 = x - (sigma - s_2) * eps + (s_2 * r_2 / r_1 * phi_2(-r_2 * h)) * (eps_1 - eps)
+        u_2 = x - (sigma - s_2) * eps - s_2 * r_2 / r_1 * r_2 * h * phi(2, r_2 * h) * (eps_1 - eps)
         eps_2 = self._eps(u_2, s_2, 3)
-        third = first + (end / r_2 * phi_2(-h)) * (eps_2 - eps)
+        third = first - (end / r_2 * h * phi(2, h)) * (eps_2 - eps)
         # eps_2 contains u_2, hence the second output, unless the network predicts epsilon.
         keep = bool(third[2] != 0)
         passes.append(Pass([self._input(u_2, s_2), second], [0, 1, 2], keep))

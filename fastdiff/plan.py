@@ -59,6 +59,7 @@ class SolverPlan:
         initial_scale: x_T = initial_scale * standard normal noise.
         first_churn: scale of noise added to x_T before the first call; its (step, stream) is
             (0, 3).
+        first_drawn: whether a generator makes that draw although its scale is 0.
         inputs: names of the last states, which the caller supplies at every call (their rows keep
             them as they are).
         drawn: (R, D) draws that a generator makes, used or not, in this order (as the upstream
@@ -87,6 +88,7 @@ class SolverPlan:
     first_c_in: float = 1.0
     initial_scale: float = 1.0
     first_churn: float = 0.0
+    first_drawn: bool = False
     inputs: tuple[str, ...] = ()
     thresholding: tuple[float, float] | None = None
     drawn: NDArray[np.bool_] | None = None
@@ -379,7 +381,8 @@ _ARRAYS = (
     "half_log_variance_max", "snr",
 )  # fmt: skip
 _SCALARS = (
-    "first_c_in", "initial_scale", "first_churn", "inputs", "thresholding", "draw_dtype",
+    "first_c_in", "initial_scale", "first_churn", "first_drawn", "inputs", "thresholding",
+    "draw_dtype",
 )  # fmt: skip
 
 

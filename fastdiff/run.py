@@ -42,7 +42,8 @@ class Run:
 
     Attributes:
         x: the sample S0, (B, ...), in the run's dtype.
-        history: the states beside x, in the plan's order; None where none is held.
+        history: the memory of the states beside x, in the plan's order; None where there is none
+            yet. What no later row reads (print(plan)) is spare.
         t: the model's t for the coming call: (B,), or (2B,) with guidance.
         model_input: what the model takes at the coming call: c_in * x in the model's dtype, twice
             along the batch with guidance (unconditional half first).
@@ -119,6 +120,8 @@ class Run:
         self._states: States = [x, *[None] * (plan.states - 1)]
         if plan.first_churn:
             self._churn(plan.first_churn, fast)
+        elif plan.first_drawn and generator is not None:
+            drawn_from(generator, x.shape, self._noise_dtype, x.device)
         trivial = plan.first_c_in == 1.0 and (plan.c_in is None or bool((plan.c_in == 1.0).all()))
         self._input: Tensor | None = None
         if not (trivial and copies == 1 and model_dtype == x.dtype):

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import fastdiff as fd
@@ -31,6 +32,10 @@ HERE = Path(__file__).parent
 LEVELS = ("avx512", "avx2", "portable")
 BACKENDS = ("reference", *(f"native-{level}" for level in LEVELS), "cuda_host", "triton")
 ACCELERATED = BACKENDS[1:]
+
+# The same examples at every run; HYPOTHESIS_PROFILE=default explores others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 INTEGER_VIEW = {
     torch.float32: torch.int32, torch.float64: torch.int64,

@@ -163,3 +163,18 @@ def test_the_two_draws_of_a_dpmpp_sde_step_overlap():
     # One new draw a query: the plan draws as often as upstream asks.
     plan = fd.trace(K.sample_dpmpp_sde, sigmas=sigmas)
     assert plan.draws_noise.sum(axis=1).tolist() == [1, 1, 1, 1, 0]
+
+
+def test_a_generator_makes_the_draws_of_churn_that_begins_late():
+    """sample_euler draws before every call, used or not: so does its plan, the first included."""
+    sigmas = torch.tensor([10.0, 4.0, 1.5, 0.5, 0.0])
+    plan = fd.trace(K.sample_euler, sigmas=sigmas, s_churn=2.0, s_tmax=5.0)
+    assert plan.first_drawn and plan.first_churn == 0.0
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 10.0
+    generator = torch.Generator().manual_seed(7)
+    got = fd.sample(lambda x, t: 0.5 * x, plan, x_T=x, generator=generator)
+    torch.manual_seed(7)
+    expected = K.sample_euler(
+        lambda x, sigma: 0.5 * x, x, sigmas, s_churn=2.0, s_tmax=5.0, disable=True
+    )
+    assert relative(got, expected) < 1e-6

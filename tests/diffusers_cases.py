@@ -561,7 +561,7 @@ def reason_of(scheduler: Any) -> str:
     stepper = vars(scheduler).get("_fastdiff_stepper")
     if stepper is None:
         return "no step was made"
-    return stepper._only_upstream or ("" if stepper.traced is None else stepper.traced.reason)
+    return stepper.only_upstream or ("" if stepper.traced is None else stepper.traced.reason)
 
 
 def runs_past_the_end(scheduler: Any) -> bool:

@@ -11,13 +11,13 @@ import threading
 import diffusers
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate
 from tests.conftest import load_helper
 
 dc = load_helper("diffusers_cases")
+Operations = load_helper("diffusers_operations").Operations
 Case, FP32, FP64, BF16 = dc.Case, dc.FP32, dc.FP64, dc.BF16
 pytestmark = [
     *load_helper("scheduler_runs").UPSTREAM_WARNINGS,
@@ -503,28 +503,6 @@ def test_outputs_that_stay_are_kept_and_not_copied(case, assert_same_bits):
 
 
 # Launches.
-
-
-NO_KERNEL = frozenset(
-    "aten." + name for name in (
-        "empty", "empty_like", "empty_strided", "detach", "view", "alias", "select", "slice",
-        "as_strided", "unsqueeze", "expand", "is_pinned", "_unsafe_view",
-    )
-)  # fmt: skip
-
-
-class Operations(TorchDispatchMode):
-    """The operations that a step dispatches; those without a kernel of their own left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func.overloadpacket)
-        if name not in NO_KERNEL:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["seed", "generator"])

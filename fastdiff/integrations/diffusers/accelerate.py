@@ -12,10 +12,13 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from fastdiff.integrations.diffusers import saving
+from fastdiff.integrations.diffusers.model_input import input_of
 from fastdiff.integrations.diffusers.noising import METHODS, Noising
+from fastdiff.integrations.diffusers.options import Options
 from fastdiff.integrations.diffusers.shadow import copied, said
 from fastdiff.integrations.diffusers.single import SingleSteps
-from fastdiff.integrations.diffusers.stepping import Options, Stepper
+from fastdiff.integrations.diffusers.stepping import Stepper
 
 __all__ = ["accelerate"]
 
@@ -31,6 +34,8 @@ def accelerate(
     sample_offset: int = 0,
     float32_latents: bool = False,
     outputs_are_fresh: bool = False,
+    guidance_scale: float | Tensor | None = None,
+    model_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> X:
     """A scheduler, scheduler class or pipeline of diffusers whose steps are one fused pass each.
@@ -51,19 +56,41 @@ def accelerate(
         float32_latents: keep the sample in float32 between steps; what step returns is rounded
             from it in the same pass. As long as the caller hands back what it was given, low
             precision costs one rounding of the model's input and no more. A sample that was
-            edited, in place or not, is taken as it is; only edits in place under
-            torch.inference_mode, which keeps no count of them, are not seen.
+            edited, in place or not, is taken as it is.
         outputs_are_fresh: the model never writes again to an output it has returned (no CUDA
             graph replays into the same memory): history that is an output is kept, not copied.
+        guidance_scale: g of classifier-free guidance, a number or (B,), for loops of your own;
+            another g: accelerate() the result again between runs.
+        model_dtype: the model's, where it is not the sample's: float32 samples then stay float32
+            around a bfloat16 model.
         backend: "reference", "native" or "triton"; default the best for the device.
 
+    With guidance_scale or model_dtype a step does what stands around the model too:
+
+        latents = scheduler.step(model(scheduler.scale_model_input(latents, t), t), t, latents)
+
+    scale_model_input, added where upstream has none, returns cast(c_in sample): of model_dtype and,
+    with guidance, twice along the batch, the unconditional half first. For the very tensor that the
+    last step returned, if unedited, it was written in that step's pass; else torch operations make
+    it. step takes the model's output for that input, and o = o_uncond + g (o_cond - o_uncond) is
+    computed in its pass, in at least float32 (with a learned variance of the first C channels; the
+    variance is the conditional half's). Results are upstream's for an o of the sample's dtype.
+
     Raises:
-        TypeError: x is none of these.
+        TypeError: x is none of these; an option is of the wrong type.
+        ValueError: float32_latents beside guidance_scale or model_dtype (float32 samples with a
+            model_dtype are that already); guidance_scale for a pipeline, which does its own, or for
+            a scheduler whose step takes no model_output and sample.
     """
-    options = Options(seed, sample_offset, float32_latents, outputs_are_fresh, backend)
+    options = Options(
+        seed, sample_offset, float32_latents, outputs_are_fresh, backend, guidance_scale,
+        model_dtype,
+    )  # fmt: skip
     if inspect.isclass(x) and issubclass(x, SchedulerMixin):
         return cast(X, _subclass(x, options))
     if isinstance(x, DiffusionPipeline):
+        if guidance_scale is not None:
+            raise ValueError("guidance_scale must be None for a pipeline, which does its own")
         pipeline: Any = x
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
@@ -88,14 +115,14 @@ class Accelerated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stepper = vars(self).get(_STEPPER)
-        saved = stepper.saved() if isinstance(stepper, Stepper) else None
+        saved = saving.saved(stepper) if isinstance(stepper, Stepper) else None
         return _rebuilt, (self._fastdiff_upstream, _options(self), _state(self), saved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, (upstream, options, state, saved) = self.__reduce_ex__(4)
         other = function(upstream, options, *copy.deepcopy((state, saved), memo))
         if saved is not None:
-            vars(self)[_STEPPER].hand_on(vars(other)[_STEPPER])
+            saving.hand_on(vars(self)[_STEPPER], vars(other)[_STEPPER])
         return other
 
 
@@ -117,7 +144,7 @@ def _rebuilt(
     scheduler = cls.__new__(cls)
     vars(scheduler).update(state)
     if saved is not None:
-        _stepper(scheduler).resume(saved)
+        saving.resume(_stepper(scheduler), saved)
     return scheduler
 
 
@@ -127,7 +154,8 @@ def _instance(scheduler: Any, options: Options) -> Any:
     stepper = vars(scheduler).get(_STEPPER)
     if not isinstance(stepper, Stepper):
         return _rebuilt(upstream, options, state)
-    return _rebuilt(upstream, options, {**stepper.put_away(), **state}, stepper.left())
+    state = {**saving.put_away(stepper), **state}
+    return _rebuilt(upstream, options, state, saving.left(stepper))
 
 
 def _upstream_of(cls: type) -> type:
@@ -136,21 +164,13 @@ def _upstream_of(cls: type) -> type:
 
 def _subclass(cls: type, options: Options) -> type:
     upstream = _upstream_of(cls)
-    key = (upstream, _hashable(options))
+    key = (upstream, options.key)
     if key not in _subclasses:
         _subclasses[key] = _make(upstream, options)
     return _subclasses[key]
 
 
 _subclasses: dict[Any, type] = {}
-
-
-def _hashable(options: Options) -> Any:
-    seed = options.seed
-    if isinstance(seed, torch.Tensor):
-        seed = (str(seed.device), *seed.tolist())  # type: ignore[assignment]
-    return (seed, options.sample_offset, options.float32_latents, options.outputs_are_fresh,
-            options.backend)  # fmt: skip
 
 
 def _make(upstream: Any, options: Options) -> type:
@@ -165,15 +185,24 @@ def _make(upstream: Any, options: Options) -> type:
     names = tuple(inspect.signature(upstream.step).parameters) if hasattr(upstream, "step") else ()
     if names[:4] == first and hasattr(upstream, "set_timesteps"):
         namespace["step"] = _step(upstream, names[4:])
-        if hasattr(upstream, "scale_model_input"):
+        if options.makes_inputs:
+            namespace["scale_model_input"] = _model_input(upstream)
+        elif hasattr(upstream, "scale_model_input"):
             namespace["scale_model_input"] = _scaling(upstream)
         for name in ("set_timesteps", "set_begin_index"):
             if hasattr(upstream, name):
                 namespace[name] = _resetting(getattr(upstream, name))
     elif {"model_output", "sample"} <= set(names):
         namespace["step"] = _single(upstream)
+        if options.makes_inputs:
+            namespace["scale_model_input"] = _single_input(upstream)
         if hasattr(upstream, "set_timesteps"):
             namespace["set_timesteps"] = _resetting(upstream.set_timesteps)
+    elif options.makes_inputs:
+        raise ValueError(
+            "guidance_scale and model_dtype need a step that takes model_output and sample: "
+            f"{upstream.__name__} has none"
+        )
     else:
         said(upstream, "its step takes no model_output and sample")
     for name in METHODS:
@@ -207,16 +236,14 @@ def _single(upstream: Any) -> Callable[..., Any]:
         arguments = signature.bind(self, *args, **kwargs).arguments
         steps: SingleSteps | None = vars(self).get(_STEPPER)
         if steps is None or steps.scheduler is not self:
-            given = _options(self)
             steps = SingleSteps(
-                self, upstream, lambda: copied(upstream, vars(self)), given.seed,
-                given.sample_offset, given.backend,
-            )  # fmt: skip
+                self, upstream, lambda: copied(upstream, vars(self)), _options(self)
+            )
             vars(self)[_STEPPER] = steps
         results = steps(arguments)
         if isinstance(results, str):
             said(upstream, results)
-            return upstream.step(self, *args, **kwargs)
+            return upstream.step(**steps.plain(arguments))
         return results
 
     return step
@@ -240,6 +267,31 @@ def _scaling(upstream: Any) -> Callable[..., Any]:
         return sample if scale == 1.0 else sample * scale
 
     return scale_model_input
+
+
+def _model_input(upstream: Any) -> Callable[..., Any]:
+    def scale_model_input(self: Any, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The model's input, cast(c_in sample); see accelerate()."""
+        return _stepper(self).model_input(sample, timestep)
+
+    return _like_upstreams(scale_model_input, upstream)
+
+
+def _single_input(upstream: Any) -> Callable[..., Any]:
+    def scale_model_input(self: Any, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The model's input; see accelerate()."""
+        if hasattr(upstream, "scale_model_input"):
+            scaled = upstream.scale_model_input(self, sample, timestep)
+        else:
+            scaled = sample
+        return input_of(scaled, sample.dtype, _options(self))
+
+    return _like_upstreams(scale_model_input, upstream)
+
+
+def _like_upstreams(method: Callable[..., Any], upstream: Any) -> Callable[..., Any]:
+    theirs = getattr(upstream, method.__name__, None)
+    return method if theirs is None else functools.wraps(theirs)(method)
 
 
 def _noising(upstream: Any, name: str) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 CogVideoXDPMScheduler is handed its history by the pipeline (old_pred_original_sample) and told two
 timesteps. Such steps remember nothing, so each is traced by itself: images among the arguments are
-inputs of a plan of one row, everything else decides the plan.
+inputs of a plan of one row, everything else decides the plan. Guidance, asked of accelerate(), is
+torch operations before it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.drawing import handed
 from fastdiff.integrations.diffusers.identity import Cache, digest
+from fastdiff.integrations.diffusers.model_input import output_of
 from fastdiff.integrations.diffusers.observe import Draws
+from fastdiff.integrations.diffusers.options import Options
 from fastdiff.plan import SolverPlan
 from fastdiff.run import Run
 from fastdiff.tracing.intercept import intercepted
@@ -43,14 +47,12 @@ class SingleSteps:
         scheduler: Any,
         upstream: Any,
         copied: Callable[[], Any],
-        seed: int | Tensor | None = None,
-        sample_offset: int = 0,
-        backend: str | None = None,
+        options: Options,
     ) -> None:
         self.scheduler, self.upstream, self.copied = scheduler, upstream, copied
-        self.backend = backend
-        self.noise: dict[str, Any] = {} if seed is None else {
-            "seed": seed, "sample_offset": sample_offset
+        self.options = options
+        self.noise: dict[str, Any] = {} if options.seed is None else {
+            "seed": options.seed, "sample_offset": options.sample_offset
         }  # fmt: skip
         self._digest = ""
         self._runs: dict[Any, _Begun] = {}
@@ -59,6 +61,15 @@ class SingleSteps:
         """Before the timesteps are set anew."""
         self._digest = ""
         self._runs.clear()
+
+    def plain(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of upstream's own step."""
+        sample, output = arguments.get("sample"), arguments.get("model_output")
+        if not self.options.makes_inputs:
+            return arguments
+        if not isinstance(sample, Tensor) or not isinstance(output, Tensor):
+            return arguments
+        return arguments | {"model_output": output_of(output, sample, self.options)}
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
         """What step() returns, or the reason why upstream's own must make it."""
@@ -78,6 +89,8 @@ class SingleSteps:
                 numbers[name] = value
             else:
                 return f"{name} is a {type(value).__name__}"
+        if self.options.makes_inputs:
+            output = output_of(output, sample, self.options)
         if output.shape != sample.shape:
             return f"model_output has shape {tuple(output.shape)}, sample {tuple(sample.shape)}"
         self._digest = self._digest or digest(self.scheduler)
@@ -157,16 +170,12 @@ class SingleSteps:
         if isinstance(results, dict):
             made, results = type(results), tuple(results.values())
         dtype = torch.promote_types(sample.dtype, output.dtype)
-        noise: dict[str, Any] = self.noise or {"noise": _handed}
+        noise: dict[str, Any] = self.noise or {"noise": handed}
         if not plan.draws_noise.any():
             noise = {}
         run = Run(
-            plan, sample, borrow=True, dtype=dtype, preview=len(results) > 1, backend=self.backend,
-            **noise,
+            plan, sample, borrow=True, dtype=dtype, preview=len(results) > 1,
+            backend=self.options.backend, **noise,
         )  # fmt: skip
         draw_dtype = drawn.dtypes[0] if drawn.dtypes else None
         return run, made, tuple(value.dtype for value in results), draw_dtype
-
-
-def _handed(row: int, draw: int) -> Tensor:
-    raise AssertionError("the draws are given to every step")

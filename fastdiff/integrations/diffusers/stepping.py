@@ -1,69 +1,25 @@
-"""One accelerated scheduler's run: which plan, which row, which noise, which dtypes."""
+"""The steps of one accelerated scheduler: which row of which plan each is, and the step itself."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.identity import Cache, digest
-from fastdiff.integrations.diffusers.observe import Observed, observe
-from fastdiff.integrations.diffusers.shadow import attributes_of, copied, said
+from fastdiff.integrations.diffusers import drawing, saving, serving
+from fastdiff.integrations.diffusers.model_input import check_shapes, input_of, output_of
+from fastdiff.integrations.diffusers.observe import Observed
+from fastdiff.integrations.diffusers.options import Options
+from fastdiff.integrations.diffusers.places import Places
+from fastdiff.integrations.diffusers.shadow import attributes_of, said
+from fastdiff.integrations.diffusers.traced import Origin, Traced
+from fastdiff.ops.call import compute_dtype
 from fastdiff.ops.checks import FLOATING
-from fastdiff.plan import SolverPlan
 from fastdiff.run import Run
-from fastdiff.tracing.linear_form import LinearForm
-from fastdiff.tracing.realize import from_history
-from fastdiff.tracing.trace import TraceNotes, trace_scheduler
 
-__all__ = ["Options", "Stepper"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What accelerate() was asked for."""
-
-    seed: int | Tensor | None = None
-    sample_offset: int = 0
-    float32_latents: bool = False
-    outputs_are_fresh: bool = False
-    backend: str | None = None
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A scheduler's plan from one position on, or the reason why there is none.
-
-    Attributes:
-        notes: what the trace saw beside the plan.
-        numbers: the scheduler's attributes after every row, as far as they are not images.
-        images: names of those that are images or lists of images.
-        scales: what scale_model_input multiplies by before every row.
-        condensed: the new sample comes from sums that upstream keeps as several tensors.
-        observed: what upstream's step does with dtypes, by dtypes and kinds of argument.
-    """
-
-    plan: SolverPlan | None
-    reason: str = ""
-    notes: TraceNotes = field(default_factory=TraceNotes)
-    numbers: tuple[dict[str, Any], ...] = ()
-    images: frozenset[str] = frozenset()
-    scales: tuple[float, ...] = ()
-    condensed: bool = False
-    observed: dict[tuple[Any, ...], Observed] = field(default_factory=dict)
-
-    @property
-    def memoryless(self) -> bool:
-        """Whether rows may be stepped in any order."""
-        return self.plan is not None and self.plan.states == 1
-
-
-_traced: Cache[Traced] = Cache(256)
+__all__ = ["Stepper"]
 
 
 class Stepper:
@@ -76,87 +32,55 @@ class Stepper:
     Args:
         scheduler: the accelerated object, whose attributes say where it stands.
         upstream: its class in diffusers.
+
+    Attributes:
+        run, traced: the run under way, from position `begin` on, and where its plan comes from.
+        origin: the scheduler before the first run after set_timesteps().
+        settings, doubled: arguments of the run's steps; whether its outputs have twice the
+            channels (learned variance).
+        kinds: how the run was made.
+        last, version: the sample that the last step returned, where that must be known.
+        only_upstream: why every step is upstream's own.
+        elsewhere: whether the history of the run under way is another object's.
     """
 
     def __init__(self, scheduler: Any, upstream: Any, options: Options) -> None:
         self.scheduler, self.upstream, self.options = scheduler, upstream, options
-        # Whether upstream counts its steps or goes by the value of the timestep.
-        self.counted = "_step_index" in vars(scheduler)
+        self._fused_input = options.makes_inputs
+        self._knows_last = options.float32_latents or options.makes_inputs
+        self._seeded = options.seed is not None
         self.reset()
 
     def reset(self) -> None:
         """Before the next step a new run begins."""
         self.run: Run | None = None
         self.traced: Traced | None = None
+        self.origin: Origin | None = None
+        self.places = Places(self.scheduler)
         self.begin = 0
-        self._settings: dict[str, Any] = {}
-        self._timesteps: Tensor | None = None
-        self._values: list[float] = []
-        self._foreign: list[Any] = []  # timesteps that set_timesteps() did not make
-        self._digest: str | None = None
-        self._last: Tensor | None = None
-        self._version = 0  # of _last, when it was handed out
-        self._only_upstream = ""
-        self._elsewhere = False  # whether the history of the run under way is another's
-        self._before: dict[str, Any] = {}  # the scheduler's attributes when the run began
-        self._doubled = False  # whether outputs have twice the channels: learned variance
-        self._kinds: dict[str, Any] = {}  # how the run was made
+        self.settings: dict[str, Any] = {}
+        self.doubled = False
+        self.kinds: dict[str, Any] = {}
+        self.last: Tensor | None = None
+        self.version = 0
+        self.only_upstream = ""
+        self.elsewhere = False
+        self._input: Tensor | None = None  # the model input of `last`, until it is handed out
         self._kind: Any = None  # shapes, dtypes and devices of the last step's tensors
         self._now: Observed | None = None
         self._drawing = self._history = False
 
     def end(self) -> None:
         """Gives the scheduler back the attributes that a run served from its history."""
-        for name, value in self.put_away().items():
+        for name, value in saving.put_away(self).items():
             vars(self.scheduler).setdefault(name, value)
         self.reset()
-
-    def put_away(self) -> dict[str, Any]:
-        """Attributes that the run serves from its history, as they were before it."""
-        images = frozenset() if self.traced is None else self.traced.images
-        return {name: self._before.get(name) for name in images}
-
-    def saved(self) -> dict[str, Any]:
-        """What a copy of the scheduler needs to go on: no more than tensors and numbers."""
-        saved: dict[str, Any] = {"only_upstream": self._only_upstream}
-        if self.run is not None:
-            states = [self.run.x, *[h if h is None else h.clone() for h in self.run.history]]
-            saved["run"] = (
-                self._before, self._foreign, self.begin, self._settings, self._doubled,
-                self._kinds, self.run.index, states,
-            )  # fmt: skip
-        return saved
-
-    def resume(self, saved: dict[str, Any]) -> None:
-        """Goes on where the stepper stood that `saved` is from."""
-        self._only_upstream = saved["only_upstream"]
-        self._elsewhere = "elsewhere" in saved
-        if "run" in saved:
-            self._before, foreign, begin, settings, doubled, kinds, index, states = saved["run"]
-            self._foreign = list(foreign)
-            self._digest = digest(self._shadow(begin))
-            self._take_plan(begin, settings, doubled)
-            assert self.traced is not None and self.traced.plan is not None
-            self.run, self._kinds = Run(self.traced.plan, states[0], **kinds), kinds
-            self.run.index, self.run._states = index, states
-
-    def left(self) -> dict[str, Any]:
-        """What `resume` needs in a scheduler that does not go on with this run."""
-        saved: dict[str, Any] = {"only_upstream": self._only_upstream}
-        run = self.run
-        if run is not None and run.index and not run.done and run.plan.states > 1:
-            saved["elsewhere"] = True
-        return saved
-
-    def hand_on(self, other: Stepper) -> None:
-        """Lets a resumed copy take the sample that this stepper returned for its own."""
-        other._last, other._version = self._last, self._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stepper:
         """For callers that put scheduler.__dict__ aside and back: another run of the scheduler."""
         other = Stepper(self.scheduler, self.upstream, self.options)
-        other.resume(copy.deepcopy(self.saved(), memo))
-        self.hand_on(other)
+        saving.resume(other, copy.deepcopy(saving.saved(self), memo))
+        saving.hand_on(self, other)
         return other
 
     def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
@@ -165,7 +89,7 @@ class Stepper:
         generator = arguments.pop("generator", None)
         given = arguments.pop("variance_noise", None)
         kind = _kind(output, timestep, sample)
-        row = self._next_row(timestep) if kind == self._kind and arguments == self._settings else -1
+        row = self._next_row(timestep) if kind == self._kind and arguments == self.settings else -1
         if row < 0:
             reason = self._prepare(output, timestep, sample, arguments)
             if reason:
@@ -176,21 +100,22 @@ class Stepper:
                 arguments["return_dict"] = return_dict
                 return self._upstream_step(output, timestep, sample, arguments, reason)
             self._kind = kind
-            if self.options.seed is None and vars(self.scheduler).get("noise_sampler", "") is None:
-                self._tree(output, timestep, sample, generator)  # drawn from or not, upstream's is
+            if not self._seeded and vars(self.scheduler).get("noise_sampler", "") is None:
+                self._plant_tree(output, timestep, sample, generator)
         run, traced, observed = self.run, self.traced, self._now
         assert run is not None and traced is not None and observed is not None
-        row, dtypes = run.index, observed.result_dtypes
-        seeded = self.options.seed is not None
+        row, dtypes, attributes = run.index, observed.result_dtypes, vars(self.scheduler)
         draws: list[Tensor] = []
-        if self._drawing and not seeded:
-            draws = self._noise(row, output, timestep, sample, generator, given, observed)
-        if self.options.float32_latents:
-            result = self._master_step(run, output, sample, draws, dtypes)
+        if self._drawing and not self._seeded:
+            draws = drawing.draws_of(
+                traced, row, sample, generator, given, observed.draw_dtype,
+                attributes.get("noise_sampler"),
+            )  # fmt: skip
+        if self._knows_last:
+            result = self._remembered_step(run, output, sample, draws, dtypes)
         else:
             states = [sample, *run.history] if self._history else [sample]
-            result = run.advance(output, states, draws, seeded, dtypes[0], dtypes[-1])
-        attributes = vars(self.scheduler)
+            result = run.advance(output, states, draws, self._seeded, dtypes[0], dtypes[-1])
         attributes.update(traced.numbers[row])
         for name in traced.images:
             attributes.pop(name, None)
@@ -199,69 +124,107 @@ class Stepper:
             return results
         return observed.output_class(**dict(zip(observed.fields, results, strict=True)))
 
+    def _remembered_step(
+        self,
+        run: Run,
+        output: Tensor,
+        sample: Tensor,
+        draws: list[Tensor],
+        dtypes: tuple[torch.dtype, ...],
+    ) -> Tensor:
+        """A step whose result is looked for when it comes back as a sample.
+
+        With float32_latents the run keeps the sample in float32, and the caller gets it rounded,
+        from the same pass; else the next model input comes from that pass.
+        """
+        if torch.is_inference_mode_enabled():
+            # Tensors made there do not count the writes to them.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._remembered_step(run, output, sample, draws, dtypes)
+        run.renew_input()
+        if self._fused_input:
+            states = [sample, *run.history]
+            result = run.advance(output, states, draws, self._seeded, dtypes[0], dtypes[-1])
+            self._input = run.model_input
+        else:
+            unchanged = sample is self.last and sample._version == self.version
+            x = run.x if unchanged else sample.to(run.x.dtype)
+            states = [x, *run.history]
+            result = run.advance(output, states, draws, self._seeded, x.dtype, dtypes[-1])
+            if run.model_input.dtype != result.dtype:
+                result = run.model_input
+        self.last, self.version = result, result._version
+        return result
+
     def _next_row(self, timestep: Any) -> int:
         """The run's coming row when this timestep is the one that follows, else -1."""
-        run, traced = self.run, self.traced
-        if run is None or traced is None or traced.plan is None or run.done:
+        run = self.run
+        if run is None or run.done:
             return -1
-        at = vars(self.scheduler)["_step_index"] if self.counted else self._position(timestep)
-        return run.index if at == self.begin + run.index else -1
+        expected = self.begin + run.index
+        places = self.places
+        at = (
+            vars(self.scheduler)["_step_index"] if places.counted else places.of(timestep, expected)
+        )
+        return run.index if at == expected else -1
 
     def _prepare(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> str:
         """Sets the run to the row of this step; the reason why upstream's own step must do it."""
-        if self._elsewhere:
+        if self.elsewhere:
             raise ValueError(
                 f"{self.upstream.__name__} was accelerated anew in the middle of a run, whose "
                 "history the first object holds: call set_timesteps() before its steps"
             )
-        reason = self._only_upstream or _unfit(output, sample, arguments)
+        reason = self.only_upstream or _unfit(output, sample, arguments, self.options)
         if reason:
             return reason
         row = self._row(output, timestep, sample, arguments)
-        assert self.traced is not None
-        if self.traced.plan is None:
-            return self.traced.reason
+        traced, origin = self.traced, self.origin
+        assert traced is not None and origin is not None
+        if traced.plan is None:
+            return traced.reason
+        # With guidance or a model dtype outputs count as being of the sample's dtype.
+        like = output[:1].to(sample.dtype) if self._fused_input else output
         try:
-            self._now = self._observed(output, timestep, sample)
+            self._now = origin.observed(traced, self.begin, self.settings, like, timestep, sample)
         except Exception:
-            if self.counted and self.run is None:
+            if self.places.counted and self.run is None:
                 self.scheduler._step_index = None  # as upstream leaves it: no run has begun
             raise
         run = self.run
         if run is None or run.index != row or run.x.shape != sample.shape:
             run = self._start(row, output, sample, self._now)
         run.check(output, sample)
-        plan = self.traced.plan
-        self._drawing, self._history = bool(plan.consumes.any()), plan.states > 1
+        self._drawing, self._history = bool(traced.plan.consumes.any()), traced.plan.states > 1
         return ""
-
-    # Which row.
 
     def _row(self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]) -> int:
         """The row of this step, after beginning a run where one begins; nothing else changes."""
-        scheduler, traced = self.scheduler, self.traced
-        if self.counted:
+        scheduler, traced, places = self.scheduler, self.traced, self.places
+        expected = 0 if self.run is None else self.run.index
+        if places.counted:
             position = scheduler._step_index
             if position is None:
-                _check_shapes(output, sample)
+                check_shapes(output, sample, self.options.copies)
                 try:
-                    position, traced = self._first_position(timestep), None
+                    position, traced = places.first(timestep), None
                 except Exception:
                     # Upstream may have refused the timestep (an index, say) before it looked.
-                    self.upstream.step(scheduler, output, timestep, sample, **arguments)
+                    self.upstream.step(
+                        scheduler, self._plain(output, sample), timestep, sample, **arguments
+                    )
                     raise
         else:
-            position = self._position(timestep)
+            position = places.of(timestep, self.begin + expected)
         if traced is None:
             return self._begin(position, output, sample, arguments)
         row = position - self.begin
-        expected = 0 if self.run is None else self.run.index
         if traced.plan is not None and row >= traced.plan.rows and not traced.memoryless:
             self._past_the_end(position, output, timestep, sample, arguments)
-        if (row == expected and arguments == self._settings) or traced.plan is None:
+        if (row == expected and arguments == self.settings) or traced.plan is None:
             return row
         if traced.memoryless:
-            if arguments == self._settings and 0 <= row < traced.plan.rows:
+            if arguments == self.settings and 0 <= row < traced.plan.rows:
                 return row
             return self._begin(position, output, sample, arguments)
         name = self.upstream.__name__
@@ -272,7 +235,7 @@ class Stepper:
                 "order of set_timesteps()"
             )
         raise ValueError(
-            f"step was given {arguments} after {self._settings}: {name} carries history, so the "
+            f"step was given {arguments} after {self.settings}: {name} carries history, so the "
             "arguments must stay the same until set_timesteps()"
         )
 
@@ -280,140 +243,33 @@ class Stepper:
         self, position: int, output: Tensor, timestep: Any, sample: Tensor, arguments: Any
     ) -> None:
         """Raises what upstream raises for a step after the last."""
-        shadow = self._shadow(position)
+        assert self.origin is not None
+        shadow = self.origin.shadow(position)
         shadow._step_index = position
-        self.upstream.step(shadow, output, timestep, sample, **arguments)
+        self.upstream.step(shadow, self._plain(output, sample), timestep, sample, **arguments)
         raise IndexError(f"all steps of this run are done: call set_timesteps() before {timestep}")
-
-    def _first_position(self, timestep: Any) -> int:
-        """Where upstream's own count begins."""
-        scheduler = self.scheduler
-        if hasattr(scheduler, "_init_step_index"):
-            scheduler._init_step_index(timestep)
-        elif scheduler._begin_index is None:
-            scheduler._step_index = scheduler.index_for_timestep(timestep)
-        else:
-            scheduler._step_index = scheduler._begin_index
-        position: int = scheduler._step_index
-        return position
-
-    def _position(self, timestep: Any) -> int:
-        """Where a timestep stands in scheduler.timesteps, read from a device only if it must be."""
-        timesteps: Tensor = self.scheduler.timesteps
-        if timesteps is not self._timesteps:
-            self._timesteps, self._values = timesteps, timesteps.tolist()
-        if isinstance(timestep, Tensor) and timestep.numel() == 1:
-            offset = timestep.data_ptr() - timesteps.data_ptr()
-            position = offset // timesteps.element_size()
-            alike = timestep.dtype == timesteps.dtype and timestep.device == timesteps.device
-            if alike and 0 <= position < len(self._values):
-                return position
-        value = float(timestep)
-        expected = self.begin + (0 if self.run is None else self.run.index)
-        if 0 <= expected < len(self._values) and self._values[expected] == value:
-            return expected
-        if value in self._values:
-            return self._values.index(value)
-        if value not in self._foreign:
-            self._foreign.append(value)
-        return -1 - self._foreign.index(value)
-
-    # The beginning of a run.
 
     def _begin(
         self, position: int, output: Tensor, sample: Tensor, arguments: dict[str, Any]
     ) -> int:
-        _check_shapes(output, sample)
-        if self._digest is None:
-            self._digest = digest(self.scheduler)
-            self._before = attributes_of(self.scheduler)
-        self._take_plan(position, arguments, output.shape != sample.shape)
+        doubled = check_shapes(output, sample, self.options.copies)
+        if self.origin is None:
+            self.take_origin(attributes_of(self.scheduler))
+        self.take_plan(position, arguments, doubled)
         return 0
 
-    def _take_plan(self, position: int, arguments: dict[str, Any], doubled: bool) -> None:
-        at: Any = position if position >= 0 else ("t", self._foreign[-1 - position])
-        key = (
-            self.upstream, self._digest, at, tuple(sorted(arguments.items())), doubled,
-            self.options.seed is None, self.options.float32_latents,
-        )  # fmt: skip
-        traced = _traced.get(key)
-        if traced is None:
-            traced = _traced.put(key, self._trace(position, arguments, doubled))
-        self.traced, self.begin, self._settings, self.run = traced, position, arguments, None
-        self._doubled = doubled
+    def take_origin(self, attributes: dict[str, Any]) -> None:
+        """Plans are from now on those of a scheduler with these attributes."""
+        places = self.places
+        self.origin = Origin(self.upstream, attributes, places.counted, places.foreign)
 
-    def _trace(self, position: int, arguments: dict[str, Any], doubled: bool) -> Traced:
-        timesteps = self._timesteps_from(position)
-        # Beyond the end upstream may go on (timesteps that repeat, below) or not; and the last of
-        # SCM's timesteps only ends the last step.
-        beyond, ordinary = self._repeated(position), len(timesteps)
-        ends = [*range(ordinary + beyond, max(ordinary - 2, 0), -1)]
-        timesteps += timesteps[-1:] * beyond
-        for end in ends:
-            notes = TraceNotes()
-            try:
-                plan = trace_scheduler(
-                    self._shadow(position), timesteps[:end], arguments,
-                    fed=self.options.seed is None, learned_variance=doubled, notes=notes,
-                )  # fmt: skip
-                break
-            except Exception as error:
-                # Whatever upstream's code does on forms, its own step on images is the answer.
-                reason = f"{type(error).__name__}: {error}"
-                ended = end > ordinary or isinstance(error, IndexError | AssertionError)
-                if end == ends[-1] or not ended:
-                    return Traced(None, reason)
-        if "preview" in plan.about:
-            return Traced(None, f"its second result {plan.about['preview']}")
-        assert plan.c_in is not None
-        scales = (plan.first_c_in, *plan.c_in[:-1].tolist())
-        if self.options.float32_latents:
-            plan = replace(plan, c_in=None, first_c_in=1.0)
-        numbers = [{k: v for k, v in row.items() if not _images(v)} for row in notes.attributes]
-        images = {k for row in notes.attributes for k, v in row.items() if _images(v)}
-        changing = {
-            k for row in numbers for k, v in row.items()
-            if k != "_begin_index" and (k in images or self._before.get(k, self) is not v)
-        }  # fmt: skip
-        kept = tuple({k: v for k, v in row.items() if k in changing} for row in numbers)
-        return Traced(plan, "", notes, kept, frozenset(images), scales, _condensed(notes, plan))
-
-    def _repeated(self, position: int) -> int:
-        """How far before a position its timestep stands first: upstream looks for it and begins at
-        the second of equal ones, so that a loop over all of them steps beyond the end."""
-        if position <= 0 or getattr(self.scheduler, "_begin_index", None) is not None:
-            return 0
-        values = self.scheduler.timesteps[: position + 1].tolist()
-        first: int = values.index(values[-1])
-        return position - first
-
-    def _timesteps_from(self, position: int) -> list[Tensor]:
-        timesteps: Tensor = self.scheduler.timesteps.cpu()
-        if position >= 0:
-            return list(timesteps[position:])
-        return [torch.tensor(self._foreign[-1 - position]).to(timesteps.dtype)]
-
-    def _shadow(self, position: int) -> Any:
-        """A copy of the scheduler as it stood before the run."""
-        shadow = copied(self.upstream, self._before)
-        if self.counted:
-            shadow._step_index, shadow._begin_index = None, position
-        return shadow
-
-    def _observed(self, output: Tensor, timestep: Any, sample: Tensor) -> Observed:
-        assert self.traced is not None and self.traced.plan is not None
-        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
-        key = (sample.dtype, output.dtype, sample.dim(), kind)
-        observed = self.traced.observed.get(key)
-        if observed is None:
-            timesteps = self._timesteps_from(self.begin)
-            first = timestep.cpu() if isinstance(timestep, Tensor) else timestep
-            observed = observe(
-                self._shadow(self.begin), [first, *timesteps[1:]], sample, output, self._settings,
-                bool(self.traced.plan.consumes.any()),
-            )  # fmt: skip
-            self.traced.observed[key] = observed
-        return observed
+    def take_plan(self, position: int, arguments: dict[str, Any], doubled: bool) -> Traced:
+        """The next step is the first one of the plan from this position on."""
+        assert self.origin is not None
+        traced = self.origin.traced(position, arguments, doubled, self.options)
+        self.traced, self.begin, self.settings, self.run = traced, position, arguments, None
+        self.doubled = doubled
+        return traced
 
     def _start(self, row: int, output: Tensor, sample: Tensor, observed: Observed) -> Run:
         traced, options = self.traced, self.options
@@ -432,135 +288,34 @@ class Stepper:
             dtype = torch.promote_types(dtype, torch.float32)
         kinds: dict[str, Any] = {
             "outputs_are_fresh": options.outputs_are_fresh, "backend": options.backend,
-            "preview": len(observed.result_dtypes) > 1,
+            "preview": len(observed.result_dtypes) > 1, "guidance_scale": options.guidance_scale,
         }  # fmt: skip
-        if options.seed is not None:
+        if self._seeded:
             kinds |= {"seed": options.seed, "sample_offset": options.sample_offset}
         elif traced.plan.draws_noise.any():
-            kinds["noise"] = _handed
+            kinds["noise"] = drawing.handed
         if options.float32_latents:
             kinds["model_dtype"] = observed.result_dtypes[0]
             sample = sample.to(torch.promote_types(dtype, torch.float32))
         else:
-            kinds |= {"borrow": True, "dtype": dtype}
+            kinds |= {"borrow": True, "dtype": dtype, "model_dtype": options.model_dtype}
         run = Run(traced.plan, sample, **kinds)
         run.index = row
-        self.run, self._kinds = run, kinds
+        self.run, self.kinds = run, kinds
         return run
 
-    # What the scheduler is asked for between steps.
+    def _plant_tree(self, output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> None:
+        """Makes the Brownian tree where upstream makes it, whether or not the run draws from it."""
+        assert self.origin is not None
+        self.scheduler.noise_sampler = drawing.brownian_tree(
+            self.origin, self.begin, self._plain(output, sample), timestep, sample, generator
+        )
 
-    def scale(self) -> float | None:
-        """What scale_model_input multiplies by before the coming step; None before a run."""
-        traced, run = self.traced, self.run
-        if traced is None or traced.plan is None or run is None or run.done:
-            return None
-        if self.counted and vars(self.scheduler)["_step_index"] != self.begin + run.index:
-            return None
-        return traced.scales[run.index]
-
-    def serves(self, name: str) -> bool:
-        """Whether `attribute` knows a name."""
-        traced, run = self.traced, self.run
-        return traced is not None and name in traced.images and run is not None and run.index > 0
-
-    def attribute(self, name: str) -> Any:
-        """An attribute that upstream keeps images in, from the history of the run."""
-        traced, run = self.traced, self.run
-        assert traced is not None and run is not None
-        return self._materialized(traced.notes.attributes[run.index - 1].get(name), name)
-
-    def _materialized(self, value: Any, name: str) -> Any:
-        if isinstance(value, list):
-            items = []
-            for item in value:
-                try:
-                    items.append(self._materialized(item, name))
-                except AttributeError as error:
-                    items.append(error)
-            return _Carried(items)
-        if not isinstance(value, LinearForm):
-            return value
-        assert self.traced is not None and self.run is not None
-        recorder = self.traced.notes.recorder
-        assert recorder is not None
-        weights = from_history(recorder, self.run.index - 1, value)
-        if weights is None:
-            raise AttributeError(
-                f"{name} is not carried: the steps of this run need fewer tensors than "
-                f"{self.upstream.__name__} keeps; use the scheduler of diffusers to read it"
-            )
-        states = [self.run.x, *self.run.history]
-        total = torch.zeros_like(self.run.x)
-        for k, weight in weights.items():
-            held = states[k]
-            assert held is not None
-            total = total + weight * held
-        return total
-
-    # The parts of a step.
-
-    def _master_step(
-        self,
-        run: Run,
-        output: Tensor,
-        sample: Tensor,
-        draws: list[Tensor],
-        dtypes: tuple[torch.dtype, ...],
-    ) -> Tensor:
-        """The run keeps the sample in float32; the caller gets it rounded, from the same pass."""
-        unchanged = sample is self._last and _version(sample) == self._version
-        x = run.x if unchanged else sample.to(run.x.dtype)
-        run.renew_input()
-        seeded = self.options.seed is not None
-        result = run.advance(output, [x, *run.history], draws, seeded, x.dtype, dtypes[-1])
-        self._last = result if run.model_input.dtype == result.dtype else run.model_input
-        self._version = _version(self._last)
-        return self._last
-
-    def _noise(
-        self,
-        row: int,
-        output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any,
-        given: Tensor | None,
-        observed: Observed,
-    ) -> list[Tensor]:
-        """The draws of a row as upstream makes them: its dtype, its generator, its order."""
-        assert self.traced is not None and self.traced.plan is not None
-        draws = []
-        for k, consumed in enumerate(self.traced.plan.consumes[row]):
-            if not consumed:
-                draws.append(sample)  # not read
-            elif (row, k) in self.traced.notes.queries:
-                tree = self._tree(output, timestep, sample, generator)
-                draws.append(tree(*self.traced.notes.queries[row, k]).to(sample.device))
-            elif given is not None:
-                if generator is not None:
-                    raise ValueError("generator and variance_noise exclude each other")
-                draws.append(given.to(sample.device, observed.draw_dtype))
-            else:
-                draws.append(
-                    randn_tensor(
-                        sample.shape, generator=generator, device=output.device,
-                        dtype=observed.draw_dtype,
-                    )
-                )  # fmt: skip
-        return draws
-
-    def _tree(self, output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> Any:
-        """Upstream's Brownian tree, made by its own step the way it makes it."""
-        scheduler = self.scheduler
-        if scheduler.noise_sampler is None:
-            shadow = self._shadow(self.begin)
-            shadow.noise_sampler = None
-            arguments = {} if generator is None else {"generator": generator}
-            shadow.scale_model_input(sample, timestep)
-            self.upstream.step(shadow, output, timestep, sample, **arguments)
-            scheduler.noise_sampler = shadow.noise_sampler
-        return scheduler.noise_sampler
+    def _plain(self, output: Any, sample: Any) -> Any:
+        """The model output that upstream's own step takes."""
+        if not self._fused_input or not isinstance(output, Tensor):
+            return output
+        return output_of(output, sample, self.options)
 
     def _upstream_step(
         self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any], reason: str
@@ -574,74 +329,46 @@ class Stepper:
                     "steps must begin right after set_timesteps()"
                 )
         else:
-            self._only_upstream = reason
+            self.only_upstream = reason
         said(self.upstream, reason)
+        output = self._plain(output, sample)
         return self.upstream.step(self.scheduler, output, timestep, sample, **arguments)
 
+    # What the scheduler is asked for between steps.
 
-def _condensed(notes: TraceNotes, plan: SolverPlan) -> bool:
-    """Whether some row takes most of the new sample from history that is a sum which upstream does
-    not keep, as the second half of Heun's step does: x' = (x + h/2 d) + h/2 d'.
+    def scale(self) -> float | None:
+        """What scale_model_input multiplies by before the coming step; None before a run."""
+        traced, run = self.traced, self.run
+        if traced is None or traced.plan is None or run is None or run.done:
+            return None
+        if self.places.counted and vars(self.scheduler)["_step_index"] != self.begin + run.index:
+            return None
+        return traced.scales[run.index]
 
-    Upstream keeps x and d, so that one float32 tensor moves no more bytes than its two of 16 bits.
-    With more history (UniPC) sums of 16 bits are measured to lose less than upstream's own step.
-    """
-    assert notes.recorder is not None
-    if plan.states != 2:
-        return False
-    samples = {row.x for row in notes.recorder.rows}
-    for i, attributes in enumerate(notes.attributes[:-1]):
-        slots = notes.recorder.slots[i + 1] if i + 1 < len(notes.recorder.slots) else []
-        for k, terms in enumerate(slots, start=1):
-            if terms is None or len(terms) == 1:
-                continue
-            of_samples = sum(abs(v) for key, v in terms.items() if key in samples)
-            if abs(plan.A[i + 1, 0, k]) * of_samples < 0.5:
-                continue
-            kept = [
-                item.terms for value in attributes.values()
-                for item in (value if isinstance(value, list) else [value])
-                if isinstance(item, LinearForm)
-            ]  # fmt: skip
-            if not any(_multiples(terms, other) for other in kept):
-                return True
-    return False
+    def model_input(self, sample: Tensor, *others: Any) -> Tensor:
+        """What scale_model_input returns with guidance or a model dtype: what the last step's pass
+        wrote, if that is of this very sample."""
+        scale = self.scale()
+        if scale is not None and sample is self.last and sample._version == self.version:
+            made, self._input = self._input, None  # once: it is the caller's, who may write to it
+            if made is not None:
+                return made
+        wide = sample.to(compute_dtype(sample.dtype))
+        if scale is not None:
+            wide = wide if scale == 1.0 else wide * scale
+        elif hasattr(self.upstream, "scale_model_input"):
+            wide = self.upstream.scale_model_input(self.scheduler, wide, *others)
+        return input_of(wide, sample.dtype, self.options)
 
+    def serves(self, name: str) -> bool:
+        """Whether `attribute` knows a name."""
+        traced, run = self.traced, self.run
+        return traced is not None and name in traced.images and run is not None and run.index > 0
 
-def _multiples(one: dict[int, float], other: dict[int, float]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    first = next(iter(one))
-    ratio = other[first] / one[first]
-    return all(abs(other[k] - ratio * one[k]) <= 1e-9 * abs(other[k]) for k in one)
-
-
-class _Carried(list[Any]):
-    """A list of images, of which reading one that the run does not carry raises AttributeError."""
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        for item in found if isinstance(index, slice) else [found]:
-            if isinstance(item, AttributeError):
-                raise item
-        return found
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[k] for k in range(len(self)))
-
-    def __reduce__(self) -> Any:
-        return list, (list(self),)
-
-
-def _images(value: Any) -> bool:
-    """Whether an attribute holds images, alone or in a list."""
-    return isinstance(value, LinearForm) or (
-        isinstance(value, list) and any(isinstance(item, LinearForm) for item in value)
-    )
-
-
-def _handed(row: int, draw: int) -> Tensor:
-    raise AssertionError("the draws are given to every step")
+    def attribute(self, name: str) -> Any:
+        """An attribute that upstream keeps images in, from the history of the run."""
+        assert self.traced is not None and self.run is not None
+        return serving.attribute(name, self.traced.notes, self.run, self.upstream)
 
 
 def _kind(output: Any, timestep: Any, sample: Any) -> Any:
@@ -654,12 +381,7 @@ def _kind(output: Any, timestep: Any, sample: Any) -> Any:
     )  # fmt: skip
 
 
-def _version(x: Tensor) -> int:
-    """Changes when a tensor is written to, but for those of torch.inference_mode."""
-    return 0 if x.is_inference() else x._version
-
-
-def _unfit(output: Any, sample: Any, arguments: dict[str, Any]) -> str:
+def _unfit(output: Any, sample: Any, arguments: dict[str, Any], options: Options) -> str:
     """Why the arguments of a step are not those of a plan: two tensors of images and numbers."""
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor):
         return "model_output or sample is not a tensor"
@@ -668,17 +390,9 @@ def _unfit(output: Any, sample: Any, arguments: dict[str, Any]) -> str:
             return f"{name} is a {type(value).__name__}"
     if output.dtype not in FLOATING or sample.dtype not in FLOATING:
         return "model_output or sample is not a floating-point tensor"
-    if output.dtype != sample.dtype and torch.float64 in (output.dtype, sample.dtype):
-        return f"model_output is {output.dtype} and sample {sample.dtype}"
+    dtypes = {"model_output": output.dtype, "sample": sample.dtype}
+    if options.model_dtype is not None:
+        dtypes["model_dtype"] = options.model_dtype
+    if len(set(dtypes.values())) > 1 and torch.float64 in dtypes.values():
+        return " and ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
     return ""
-
-
-def _check_shapes(output: Tensor, sample: Tensor) -> None:
-    shape = output.shape
-    if shape != sample.shape and (
-        sample.dim() < 2 or shape != (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
-    ):
-        raise ValueError(
-            f"model_output has shape {tuple(shape)}, which does not go with sample of "
-            f"{tuple(sample.shape)}"
-        )

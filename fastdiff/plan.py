@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from fastdiff.files import check_writable, write_atomic
 from fastdiff.ops.held import faking, lasting
 from fastdiff.program import DeviceProgram, Mode, Program
+from fastdiff.schedules._values import as_flag, as_float
 
 __all__ = ["SolverPlan"]
 
@@ -99,6 +101,9 @@ class SolverPlan:
     about: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("first_c_in", "initial_scale", "first_churn"):
+            object.__setattr__(self, name, as_float(name, getattr(self, name)))
+        object.__setattr__(self, "first_drawn", as_flag("first_drawn", self.first_drawn))
         for name in _ARRAYS:
             value = getattr(self, name)
             if value is None:
@@ -310,9 +315,14 @@ class SolverPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SolverPlan:
         """Reads a plan written by save(); bit-equal to the one saved."""
-        with np.load(path, allow_pickle=False) as file:
-            if "meta" not in file:
-                raise ValueError(f"path {os.fspath(path)!r} is not a saved SolverPlan")
+        refusal = ValueError(f"path {os.fspath(path)!r} is not a saved SolverPlan")
+        with open(path, "rb") as stream:
+            try:
+                file: Any = np.load(stream, allow_pickle=False)
+            except (ValueError, EOFError, zipfile.BadZipFile):
+                raise refusal from None
+            if "meta" not in getattr(file, "files", ()):  # an .npy is an array
+                raise refusal
             meta = json.loads(str(file["meta"]))
             if meta.get("format") != _FORMAT:
                 raise ValueError(

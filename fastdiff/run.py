@@ -46,7 +46,8 @@ class Run:
             yet. What no later row reads (print(plan)) is spare.
         t: the model's t for the coming call: (B,), or (2B,) with guidance.
         model_input: what the model takes at the coming call: c_in * x in the model's dtype, twice
-            along the batch with guidance (unconditional half first).
+            along the batch with guidance (unconditional half first). Memory of the run, which the
+            next step may overwrite: clone what you keep.
         index: row of the coming call; `done` when all rows have run.
         x_start: the denoised preview of the last step when started with preview=True.
     """
@@ -219,8 +220,10 @@ class Run:
                 (unconditional half first), with twice the channels when the variance is learned.
             x: the sample to step from when something changed it since the last step (a mask of
                 inpainting, a projection): (B, ...), copied unless the run borrows samples.
-            noise: this step's draws, one (B, ...) tensor each, instead of the run's source.
-            result_dtype, preview_dtype: of the new sample and of x_start (default: the run's).
+            noise: this step's draws, one (B, ...) tensor for each of the plan's n_draws (those that
+                the row does not use are not read), instead of the run's source.
+            result_dtype, preview_dtype: of the new sample and of x_start (default: the run's);
+                float64 in a float64 run only.
             inputs: the plan's own inputs, by name, (B, ...).
 
         Raises:
@@ -234,7 +237,10 @@ class Run:
         states = self._states
         if x is not None or inputs or self.plan.inputs:
             states = self._given(x, inputs)
-        draws = self._draw(i, output) if noise is None else list(noise)
+        for name, dtype in (("result_dtype", result_dtype), ("preview_dtype", preview_dtype)):
+            if dtype is not None:
+                self._check_result(name, dtype)
+        draws = self._draw(i, output) if noise is None else self._given_draws(noise)
         seeded = noise is None and self._generator is None and self._noise is None
         return self.advance(
             output, states, draws, seeded, result_dtype or self._dtype, preview_dtype or self._dtype
@@ -262,6 +268,9 @@ class Run:
         keys = self._keys if seeded else None
         halves = [output] if guidance is None else list(output.split(self._batch))
         states = [old[k] for k in call.reads]
+        kept = output
+        if call.keeps_output and self._writes_to(output):
+            kept = output.clone()
         at = i
         if self.plan.snr is not None and self.plan.snr[i]:
             if keys is not None:
@@ -301,7 +310,7 @@ class Run:
             for k, j in call.moves:
                 new[k] = old[j]
             for k in call.keeps_output:
-                new[k] = output
+                new[k] = kept
             for k, result in zip(call.writes, results, strict=False):
                 new[k] = result
             self._states = new
@@ -328,6 +337,30 @@ class Run:
         if self._preview:
             results.append(make(like, dtype=preview_dtype, memory_format=layout))
         return results, reused
+
+    def _writes_to(self, output: Tensor) -> bool:
+        """Whether a model returned what it was given: memory that the run itself writes to."""
+        memory = output.untyped_storage().data_ptr()
+        own = (self._states[0], self._input)
+        return any(t is not None and t.untyped_storage().data_ptr() == memory for t in own)
+
+    def _given_draws(self, noise: Sequence[Tensor]) -> list[Tensor]:
+        count = self.plan.n_draws
+        if not isinstance(noise, Sequence):  # a tensor is none
+            raise TypeError(f"noise must be a list of tensors, not {type(noise).__name__}")
+        if len(noise) != count:
+            raise ValueError(f"noise must hold {count} tensors, one a draw, not {len(noise)}")
+        for k, z in enumerate(noise):
+            check_like(f"noise[{k}]", z, "the run's x", self.x)
+        return [z.contiguous() for z in noise]
+
+    def _check_result(self, name: str, dtype: torch.dtype) -> None:
+        check_floating(name, dtype)
+        if (dtype == torch.float64) != (self._dtype == torch.float64):
+            raise TypeError(
+                f"{name} is {dtype} and the run's dtype {self._dtype}: float64 does not mix with "
+                "other dtypes"
+            )
 
     def _given(self, x: Tensor | None, inputs: dict[str, Tensor]) -> States:
         """The states with what the caller supplies for this step."""
@@ -387,6 +420,8 @@ class Run:
             raise ValueError(
                 f"output must have shape {tuple(self._output_shape)}, not {tuple(output.shape)}"
             )
+        if output.layout != torch.strided:
+            raise ValueError(f"output must be a dense (strided) tensor, not {output.layout}")
         if output.device != x.device:
             raise ValueError(f"output is on {output.device}, but the run is on {x.device}")
         double = self._dtype == torch.float64
@@ -423,6 +458,8 @@ def _check_guidance(
     if guidance_scale is None:
         return None
     if isinstance(guidance_scale, Tensor):
+        if guidance_scale.is_complex() or guidance_scale.dtype == torch.bool:
+            raise TypeError(f"guidance_scale must hold real numbers, not {guidance_scale.dtype}")
         scale = guidance_scale.to(torch.float32).reshape(-1)
     else:
         scale = torch.tensor([as_float("guidance_scale", guidance_scale)], device="cpu")

@@ -463,6 +463,9 @@ def test_bad_arguments_of_single_builders():
     for name in ("euler", "heun", "dpm_2"):
         with pytest.raises(ValueError, match="s_churn"):
             BUILDERS[name](SIGMAS, s_churn=-1.0)
+        for bound in ("s_tmin", "s_tmax"):
+            with pytest.raises(ValueError, match=bound):
+                BUILDERS[name](SIGMAS, s_churn=1.0, **{bound: math.nan})
     for order, error in ((0, ValueError), (8, ValueError), (2.5, TypeError)):
         with pytest.raises(error, match="order"):
             edm.lms(SIGMAS, order=order)

@@ -119,6 +119,24 @@ def test_a_model_that_reuses_its_output_buffer_changes_nothing(assert_same_bits)
                      fd.sample(lambda x, t: x.clone(), DDPM, shape=(2, 6), seed=0))  # fmt: skip
 
 
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_fresh_output_that_is_the_model_input_is_history(in_place, model_dtype, assert_same_bits):
+    plan = fd.solvers.dpm_solver(SCHEDULE, 6, prediction_type="sample")
+
+    def sample(identity, **options):
+        run = fd.Sampler(plan).start(
+            shape=(2, 6), seed=0, in_place=in_place, model_dtype=model_dtype, **options
+        )
+        while not run.done:
+            run.step(identity(run.model_input))
+        return run.x
+
+    want = sample(torch.clone)
+    assert_same_bits(sample(lambda x: x, outputs_are_fresh=True), want)
+    assert_same_bits(sample(lambda x: x[:], outputs_are_fresh=True), want)
+
+
 def test_guidance_on_any_stride(backend, assert_same_bits):
     def conditional(x, t):
         return model(torch.cat([x[: x.shape[0] // 2], 2 * x[x.shape[0] // 2 :]]), t)
@@ -358,6 +376,8 @@ def test_progress_is_shown_on_stderr(capsys):
         (dict(shape=(2, 3), seed=0, guidance_scale=float("nan")), ValueError, "guidance_scale"),
         (dict(shape=(2, 3), seed=0, preview=True), TypeError, "preview"),
         (dict(shape=(2, 3), seed=0, guidance_scale="7"), TypeError, "guidance_scale"),
+        (dict(shape=(2, 3), seed=0, guidance_scale=torch.tensor([1j])), TypeError,
+         "guidance_scale"),
         (dict(shape=16, seed=0), TypeError, "shape"),
         (dict(shape=(2, 3), seed=0, model_dtype=torch.float64), TypeError, "model_dtype"),
         (dict(shape=(2, 3), seed=0, dtype=torch.float64, model_dtype=torch.float32), TypeError,
@@ -383,13 +403,45 @@ def test_a_plan_and_a_model_are_needed():
         fd.sample(None, DDPM, shape=(2, 3), seed=0)
 
 
+def test_given_noise_may_have_any_stride(assert_same_bits):
+    x, z = torch.ones(2, 3, 5, 4), fd.randn((2, 4, 5, 3), seed=1).permute(0, 3, 2, 1)
+    run, twin = (fd.Sampler(DDPM).start(x, seed=0) for _ in range(2))
+    assert_same_bits(run.step(x, noise=[z]), twin.step(x, noise=[z.contiguous()]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        (dict(noise=[]), ValueError, "noise must hold 1"),
+        (dict(noise=[torch.zeros(2, 3)] * 2), ValueError, "noise must hold 1"),
+        (dict(noise=torch.zeros(1, 2, 3)), TypeError, "noise"),
+        (dict(noise=[torch.zeros(1)]), ValueError, r"noise\[0\]"),
+        (dict(noise=[torch.zeros(2, 3).double()]), TypeError, r"noise\[0\]"),
+        (dict(noise=[torch.zeros(2, 3).int()]), TypeError, r"noise\[0\]"),
+        (dict(noise=[torch.zeros(2, 3).to_sparse()]), ValueError, r"noise\[0\]"),
+        (dict(x=torch.zeros(2, 3).to_sparse()), ValueError, "x must"),
+        (dict(result_dtype=torch.int32), TypeError, "result_dtype"),
+        (dict(result_dtype=torch.float64), TypeError, "result_dtype"),
+        (dict(preview_dtype=torch.float64), TypeError, "preview_dtype"),
+    ],
+)
+def test_a_bad_argument_of_a_step_leaves_the_run_unharmed(options, error, names, assert_same_bits):
+    generator = torch.Generator().manual_seed(0)
+    run = fd.Sampler(DDPM).start(shape=(2, 3), generator=generator)
+    before, drawn = run.x.clone(), generator.get_state()
+    with pytest.raises(error, match=names):
+        run.step(torch.zeros(2, 3), **options)
+    assert run.index == 0 and torch.equal(generator.get_state(), drawn)
+    assert_same_bits(run.x, before)
+
+
 def test_a_bad_output_leaves_the_run_unharmed(assert_same_bits):
     run = fd.Sampler(DDPM).start(shape=(2, 3), seed=0)
     good = model(run.model_input, run.t)
     before = run.x.clone()
     for bad, error in (
         (good[:1], ValueError), (good.double(), TypeError), (good.long(), TypeError),
-        (good.to("meta"), ValueError), ((good, good), TypeError),
+        (good.to("meta"), ValueError), ((good, good), TypeError), (good.to_sparse(), ValueError),
     ):  # fmt: skip
         with pytest.raises(error, match="output"):
             run.step(bad)

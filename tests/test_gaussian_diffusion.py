@@ -678,6 +678,18 @@ def test_training_losses_are_the_papers(mean, variance, loss):
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_samples_of_one_number_have_losses_of_their_own():
+    diffusion = Paper(12).diffusion()
+    x0, noise, t = torch.rand(3), torch.randn(3), torch.tensor([0, 5, 11])
+
+    def losses(shape):
+        given = x0.view(shape), t, None, noise.view(shape)
+        return diffusion.training_losses(lambda x, t: 0.5 * x, *given)["loss"]
+
+    assert losses((3,)).shape == (3,)
+    assert torch.equal(losses((3,)), losses((3, 1)))
+
+
 def test_the_bound_of_a_learned_variance_does_not_train_the_mean():
     """Nichol & Dhariwal 2021, section 3.1: stop-gradient on the mean."""
     diffusion = Paper(30, None, EPSILON, RANGE).diffusion(gd.LossType.RESCALED_MSE)

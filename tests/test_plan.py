@@ -52,10 +52,15 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez(path, A=np.zeros(3))
-    with pytest.raises(ValueError, match="not a saved SolverPlan"):
-        fd.SolverPlan.load(path)
+    np.savez(tmp_path / "arrays.npz", A=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "text").write_text("a plan")
+    (tmp_path / "empty").touch()
+    plans()[0].save(tmp_path / "whole")
+    (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:100])
+    for name in ("arrays.npz", "array.npy", "text", "empty", "torn"):
+        with pytest.raises(ValueError, match="not a saved SolverPlan"):
+            fd.SolverPlan.load(tmp_path / name)
 
 
 def test_equality_is_about_the_numbers():
@@ -67,6 +72,17 @@ def test_equality_is_about_the_numbers():
     assert a != "plan"
     for twin in (pickle.loads(pickle.dumps(a)), copy.deepcopy(a)):
         assert twin == a and not twin.A.flags.writeable
+
+
+def test_numbers_of_any_type_are_the_same_plan(tmp_path):
+    plan = dataclasses.replace(fd.solvers.ddim(SCHEDULE, 7), initial_scale=2.0, first_churn=1.0)
+    numpy = dataclasses.replace(
+        plan, initial_scale=np.float32(2), first_churn=np.float64(1), first_c_in=1,
+        first_drawn=np.bool_(False),
+    )  # fmt: skip
+    assert numpy == plan
+    numpy.save(tmp_path / "plan.npz")
+    assert fd.SolverPlan.load(tmp_path / "plan.npz") == plan
 
 
 def test_plans_do_not_change():
@@ -126,6 +142,9 @@ def test_draws_noise_only_where_it_counts():
         (dict(A=np.zeros((7, 1, 8))), "at most 7 states and 4 draws"),
         (dict(P=None, lo=None, hi=None), "clamp column"),
         (dict(half_log_variance_min=np.zeros(7)), "together"),
+        (dict(initial_scale=np.nan), "initial_scale must"),
+        (dict(first_churn=np.inf), "first_churn must"),
+        (dict(first_c_in=np.nan), "first_c_in must"),
     ],
 )  # fmt: skip
 def test_inconsistent_plans_are_refused(change, names):

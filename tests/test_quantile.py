@@ -79,6 +79,10 @@ def test_nan_is_the_answer_for_its_sample_only(ratio):
     assert torch.equal(actual[::2], expected(value[::2], ratio, 1.5))
 
 
+def test_samples_without_elements_have_the_least():
+    assert threshold_of(torch.zeros(3, 0, 2), 0.9, WIDE).tolist() == [1.0] * 3
+
+
 def test_infinite_values_are_held_to_the_largest():
     value = randn(1, 101)
     value[0, :40] = math.inf

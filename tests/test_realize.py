@@ -387,3 +387,13 @@ def test_sampling_functions_carry_the_least_history(name):
         )
     ranks = images.finish(x).ranks()
     assert carried(fd.trace(function, sigmas=LADDER)) == ranks == FUNCTIONS[name]
+
+
+def test_a_plan_that_is_not_what_was_recorded_is_refused(monkeypatch):
+    from fastdiff.tracing import realize
+
+    solve = realize._solve
+    worse = lambda *a: {k: v * (1 + 1e-8) for k, v in solve(*a).items()}  # noqa: E731
+    monkeypatch.setattr(realize, "_solve", worse)
+    with pytest.raises(NotAffineError, match="needs more than float64 to be computed"):
+        fd.trace(scheduler("DPMSolverMultistepScheduler", dict(solver_order=3)))

@@ -291,3 +291,6 @@ def test_bad_arguments_of_one_builder():
         fd.solvers.ddim(SCHEDULE, eta=0.5, reverse=True)
     with pytest.raises(ValueError, match="eta"):
         fd.solvers.ddim(SCHEDULE, eta=50.0)
+    for flag in ("reverse", "use_clipped_model_output"):
+        with pytest.raises(TypeError, match=flag):
+            fd.solvers.ddim(SCHEDULE, **{flag: "no"})

@@ -255,6 +255,34 @@ def test_any_configuration_that_upstream_runs_is_replayed(case):
     assert relative(replayed32, exact) <= float32_bound(plan, upstream32, exact)
 
 
+ZERO_SNR = dict(rescale_betas_zero_snr=True, use_exponential_sigmas=True)
+UNIPC = dict(predict_x0=False, final_sigmas_type="sigma_min", **ZERO_SNR)
+COSINE = dict(corrector_order=4, beta_schedule="squaredcos_cap_v2")
+STEEP = [  # first noise levels of 4e3 and 2e4: (name, config, steps, most that is carried)
+    ("UniPCMultistepScheduler", dict(solver_order=3, **UNIPC), 8, 3),
+    ("UniPCMultistepScheduler", dict(solver_order=4, solver_type="bh1", **UNIPC), 10, 4),
+    ("UniPCMultistepScheduler", dict(solver_order=4, solver_type="bh1",
+        beta_schedule="scaled_linear", prediction_type="v_prediction", **UNIPC), 15, 4),
+    ("UniPCMultistepScheduler", dict(solver_order=4, beta_schedule="scaled_linear",
+        prediction_type="sample", **UNIPC), 12, 4),
+    ("SASolverScheduler", dict(algorithm_type="data_prediction", lower_order_final=True, **COSINE),
+     20, 3),
+    ("SASolverScheduler", dict(predictor_order=3, algorithm_type="noise_prediction", **COSINE),
+     10, 3),
+    ("SASolverScheduler", dict(predictor_order=4, corrector_order=4, prediction_type="sample",
+        algorithm_type="noise_prediction", timestep_spacing="linspace",
+        use_exponential_sigmas=True), 30, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEEP, ids=range(len(STEEP)))
+def test_steep_ladders_are_replayed_with_the_least_history(case):
+    name, config, steps, carried = case
+    plan, _, exact, _, replayed, _ = loops(name, config, steps, {})
+    assert plan.states - 1 == carried
+    assert relative(replayed, exact) <= 1e-9
+
+
 # The entry point: errors, identity, files.
 
 

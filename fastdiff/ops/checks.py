@@ -55,6 +55,8 @@ def check_like(name: str, value: object, like_name: str, like: Tensor) -> None:
     """A floating tensor with the shape and device of another; the dtype may differ."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, not {value.layout}")
     if value.shape != like.shape:
         raise ValueError(
             f"{name} must have the shape of {like_name}, {tuple(like.shape)}, "

@@ -15,16 +15,18 @@ def threshold_of(value: Tensor, ratio: float, largest: float) -> Tensor:
 
     Between two order statistics the quantile is linear, as in torch.quantile; unlike there the
     size of a sample is not limited, and only the values above the quantile are sorted. NaN where a
-    sample has one.
+    sample has one; 1 for samples without elements.
 
     Args:
-        value: (B, ...) float32 or float64, with at least one element a sample.
+        value: (B, ...) float32 or float64.
 
     Returns:
         float32 (B,).
     """
     magnitude = value.detach().reshape(value.shape[0], -1).abs()
     n = magnitude.shape[1]
+    if n == 0:
+        return torch.ones(len(value), device=value.device)
     rank = ratio * (n - 1)
     below = math.floor(rank)
     # From the largest down; NaN counts as largest.

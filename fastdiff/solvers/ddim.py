@@ -8,7 +8,7 @@ import numpy as np
 
 from fastdiff.plan import SolverPlan
 from fastdiff.schedules import NoiseSchedule
-from fastdiff.schedules._values import as_float
+from fastdiff.schedules._values import as_flag, as_float
 from fastdiff.solvers.prediction import Estimates
 from fastdiff.solvers.subsequence import subsequence
 from fastdiff.tracing import Recorder
@@ -54,6 +54,8 @@ def ddim(
     eta = as_float("eta", eta)
     if eta < 0:
         raise ValueError(f"eta must be >= 0, not {eta}")
+    reverse = as_flag("reverse", reverse)
+    rederive = as_flag("use_clipped_model_output", use_clipped_model_output)
     if reverse and eta != 0:
         raise ValueError(f"eta must be 0 in reverse: the reverse ODE is deterministic, not {eta}")
     chain = subsequence(schedule, steps, spacing, timesteps)
@@ -80,7 +82,7 @@ def ddim(
     for i, t in enumerate(chain.timesteps[order]):
         x, o = rec.call(x, t=float(t))
         x_0, _ = estimates(rec, x, o, i)
-        if use_clipped_model_output and estimates.clip is not None:
+        if rederive and estimates.clip is not None:
             direction = scale_eps[i] * (x - alpha_t[i] * x_0) / sigma_t[i]
         else:
             direction = scale_eps[i] * estimates.own_epsilon(x, o, i)

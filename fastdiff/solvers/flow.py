@@ -239,7 +239,8 @@ def flow_sde(
         method "dance_grpo":  g = a
 
     Method "cps" keeps the path's own coefficients at every step instead (Flow-CPS), so the result
-    carries no excess noise:
+    carries no excess noise. It has not the marginals of the ODE, at any number of steps: x_0 and
+    eps are the model's means, and replacing a share of eps by z loses spread.
 
         x' = (1 - sigma') x_0 + sigma' cos(a pi / 2) eps + sigma' sin(a pi / 2) z
 

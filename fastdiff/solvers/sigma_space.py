@@ -349,6 +349,9 @@ def churned(
 ) -> list[tuple[int, float, float, float, float]]:
     """(i, sigma, sigma_next, sigma_hat, scale of the noise): EDM algorithm 2, lines 4 to 6."""
     s_churn, s_noise = check_positive("s_churn", s_churn, zero=True), as_float("s_noise", s_noise)
+    for name, bound in (("s_tmin", s_tmin), ("s_tmax", s_tmax)):
+        if bound not in (-math.inf, math.inf):
+            as_float(name, bound)  # refuses
     result = []
     for i, sigma, sigma_next in levels.steps():
         inside = s_tmin <= sigma <= s_tmax

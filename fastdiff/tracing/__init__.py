@@ -2,7 +2,9 @@
 
 linear_form  what stands for an image
 record       a recording: calls, draws, clamps and the forms between them
+functionals  what spans what, and what is rounding
 realize      from a recording to the plan with the least history
+intercept    random functions of torch, for a tracing thread only
 trace        schedulers and sampling functions of other projects
 """
 

@@ -81,9 +81,13 @@ def _refusal(operation: str, reason: str = "is not affine in the images") -> Cal
 
 
 class LinearForm:
-    """An image as a linear form. shape, dtype and device are those of the image it stands for."""
+    """An image as a linear form. shape, dtype and device are those of the image it stands for.
 
-    __slots__ = ("device", "dtype", "recorder", "shape", "terms")
+    magnitude is the form's size if nothing in the arithmetic that led to it had cancelled, each
+    variable counted by its natural size: times 2^-53 and a small factor it bounds the rounding.
+    """
+
+    __slots__ = ("device", "dtype", "magnitude", "recorder", "shape", "terms")
     __array_ufunc__ = None  # NumPy's numbers leave the arithmetic to the form
 
     def __init__(
@@ -92,15 +96,20 @@ class LinearForm:
         terms: dict[int, float],
         dtype: torch.dtype = torch.float64,
         shape: torch.Size | None = None,
+        magnitude: float = 1.0,
     ) -> None:
         self.recorder = recorder
         self.terms = terms
+        self.magnitude = magnitude
         self.dtype = dtype
         self.shape = recorder.shape if shape is None else shape
         self.device = torch.device("cpu")
 
-    def _like(self, terms: dict[int, float], dtype: torch.dtype | None = None) -> LinearForm:
-        return LinearForm(self.recorder, terms, dtype or self.dtype, self.shape)
+    def _like(
+        self, terms: dict[int, float], dtype: torch.dtype | None = None, scale: float = 1.0
+    ) -> LinearForm:
+        magnitude = self.magnitude * abs(scale)
+        return LinearForm(self.recorder, terms, dtype or self.dtype, self.shape, magnitude)
 
     # Arithmetic.
 
@@ -127,7 +136,8 @@ class LinearForm:
             dtype = self.dtype
             if other.dtype != dtype:
                 dtype = torch.promote_types(dtype, other.dtype)
-            return LinearForm(self.recorder, terms, dtype, self.shape)
+            magnitude = self.magnitude + other.magnitude
+            return LinearForm(self.recorder, terms, dtype, self.shape, magnitude)
         constant = number(other, operation)
         if constant is None:
             raise NotAffineError(operation, f"with {type(other).__name__}")
@@ -149,10 +159,10 @@ class LinearForm:
 
     def _scaled(self, value: float) -> LinearForm:
         if value == 0.0:
-            return self._like({})
+            return self._like({}, scale=0.0)
         if not math.isfinite(value):
             raise NotAffineError("multiply", f"by {value}")
-        return self._like({k: v * value for k, v in self.terms.items()})
+        return self._like({k: v * value for k, v in self.terms.items()}, scale=value)
 
     def __truediv__(self, other: Any) -> LinearForm:
         value = number(other, "divide")
@@ -161,8 +171,8 @@ class LinearForm:
         if value == 0.0 or math.isnan(value):
             raise NotAffineError("divide", f"by {value}")
         if math.isinf(value):
-            return self._like({})
-        return self._like({k: v / value for k, v in self.terms.items()})
+            return self._like({}, scale=0.0)
+        return self._like({k: v / value for k, v in self.terms.items()}, scale=1.0 / value)
 
     def __neg__(self) -> LinearForm:
         return self._like({k: -v for k, v in self.terms.items()})

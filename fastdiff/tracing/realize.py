@@ -12,276 +12,274 @@ time-varying system (van der Veen & Dewilde 1991): no implementation carries few
                multistep method), and what remains, orthonormal
     rows       every functional that row i computes, in terms of the basis before it and the
                inputs of the call
+    check      the plan run on the functionals themselves gives what was recorded
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.plan import MAX_DRAWS, MAX_STATES, SolverPlan
+from fastdiff.tracing.functionals import (
+    NO_VECTOR,
+    NOTHING,
+    ROUNDING,
+    Chosen,
+    Functional,
+    Space,
+    independent,
+    missing,
+    solve,
+    stacked,
+)
 from fastdiff.tracing.linear_form import CONSTANT, NotAffineError
 
 if TYPE_CHECKING:
     from fastdiff.tracing.linear_form import LinearForm
-    from fastdiff.tracing.record import Recorder, Row
+    from fastdiff.tracing.record import Recorder
 
 __all__ = ["from_history", "realize"]
 
 FloatArray = NDArray[np.float64]
 Terms = dict[int, float]
-Slots = list[Terms | None]  # history by slot; None where a slot is free
+Slots = list[Functional | None]  # history by slot; None where a slot is free
 
-# A direction of this relative size is rounding of the float64 arithmetic before it: a step over a
-# ratio of noise levels r leaves 1e-16 r of it.
-RANK = 1e-10
-# The same, where only one source is left to express a functional by.
-LOOSE = 1e-7
-# The same, of a functional's part relative to all of it.
-CANCELLED = 1e-13
 # A natural candidate is taken when at least this much of it is new: bounds the condition number.
 SEPARATE = 0.05
+# History that may have more than this many times the least rounding of what it serves: a direction
+# that matters little is known less precisely, and must not replace one that matters.
+IMPRECISE = 100.0
+# A plan that reproduces what was recorded worse than this, relative to its size, is refused.
+ACCURATE = 1e-9
 
 
 def realize(recorder: Recorder, result: LinearForm) -> SolverPlan:
     """The plan of a finished recording; `result` is the form of the final sample."""
-    rows = recorder.rows
-    targets = [row.seen.terms for row in rows[1:]] + [result.terms]
-    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
-        _refuse_constant(target, f"the sample after call {i}")
-        if row.clamp is not None:
-            _refuse_constant(row.clamp.form.terms, f"the clamped value of call {i}")
-    needed = _needed(recorder, targets)
-    held = _choose(recorder, needed)
-    recorder.slots = held
-    return _Assembly(recorder, targets, held).plan()
+    return _Realization(recorder, result).plan()
 
 
-def _refuse_constant(terms: Terms, what: str) -> None:
-    if CONSTANT in terms:
-        raise NotAffineError("add", f"puts the constant {terms[CONSTANT]:g} into {what}")
+class _Realization:
+    """A recording's functionals as vectors, the history that they need, and the plan's rows."""
 
+    def __init__(self, recorder: Recorder, result: LinearForm) -> None:
+        self.recorder, self.rows = recorder, recorder.rows
+        self.weights = np.array(recorder.sizes)
+        self.ends = [row.first for row in self.rows[1:]] + [len(recorder.names)]
+        targets = [row.seen for row in self.rows[1:]] + [result]
+        for i, (row, target) in enumerate(zip(self.rows, targets, strict=True)):
+            _refuse_constant(target.terms, f"the sample after call {i}")
+            if row.clamp is not None:
+                _refuse_constant(row.clamp.form.terms, f"the clamped value of call {i}")
+        open_loop = recorder.open_loop  # else targets are what the next call has of the sample
+        self.targets = [
+            self._functional(x, end, row.first if open_loop else -1)
+            for x, row, end in zip(targets, self.rows, self.ends, strict=True)
+        ]
+        self.clamped = [
+            None if row.clamp is None else self._functional(row.clamp.form, end, row.first)
+            for row, end in zip(self.rows, self.ends, strict=True)
+        ]
+        self.seen = [self._functional(self.rows[0].seen, self.rows[0].first), *self.targets[:-1]]
+        self.held = self._choose(self._needed())
+        recorder.held = self.held
+        recorder.slots = [
+            [s.terms if s is not None else None for s in slots] for slots in self.held
+        ]
 
-def _restricted(terms: Terms, first: int) -> Terms:
-    """The part over variables before `first`, unless it is what rounding left of a cancellation."""
-    part = {k: v for k, v in terms.items() if k < first}
-    return part if part and _size(part) > CANCELLED * _size(terms) else {}
+    def _functional(self, form: LinearForm, end: int, first: int = -1) -> Functional:
+        terms = form.terms
+        if 0 <= first <= min(terms, default=first):  # nothing of earlier calls
+            return Functional(terms, NO_VECTOR, 0.0)
+        vector = np.zeros(end)
+        if terms:
+            keys = list(terms)
+            vector[keys] = list(terms.values())
+            vector *= self.weights[:end]
+        return Functional(terms, vector, ROUNDING * form.magnitude)
 
+    def _combination(self, vector: FloatArray, noise: float) -> Functional:
+        """The functional of a vector, scaled to have a largest weighted coefficient of 1."""
+        largest = float(vector[np.abs(vector).argmax()])
+        vector = vector / largest
+        vector[np.abs(vector) < 1e-15] = 0.0
+        terms = {int(k): float(vector[k] / self.weights[k]) for k in np.flatnonzero(vector)}
+        return Functional(terms, vector, noise / abs(largest))
 
-def _size(terms: Terms) -> float:
-    return max(map(abs, terms.values()))
+    def _past(self, functional: Functional, first: int) -> Functional | None:
+        """The part over variables before `first`, unless it is what rounding left."""
+        past = functional.vector[:first]
+        if not len(functional.vector) or not past.any():
+            return None
+        found = Functional({}, past, functional.noise)
+        return found if found.size > NOTHING * found.noise else None
 
-
-class _Space:
-    """A subspace of functionals with a fixed set of columns, orthonormal inside."""
-
-    def __init__(self, groups: Iterable[Iterable[Terms]]) -> None:
-        keys = sorted(set().union(*(terms for group in groups for terms in group)))
-        self._column = {key: k for k, key in enumerate(keys)}
-        self._keys = keys
-        self.basis = np.zeros((0, len(keys)))
-
-    def dense(self, terms: Terms) -> FloatArray:
-        vector = np.zeros(len(self._keys))
-        vector[[self._column[key] for key in terms]] = list(terms.values())
-        return vector
-
-    def sparse(self, vector: FloatArray) -> Terms:
-        biggest = np.abs(vector).max()
-        return {
-            self._keys[k]: float(vector[k])
-            for k in np.flatnonzero(np.abs(vector) > 1e-13 * biggest)
-        }
-
-    def residual(self, vector: FloatArray) -> FloatArray:
-        for _ in range(2):  # once more: Gram-Schmidt loses orthogonality
-            vector = vector - (vector @ self.basis.T) @ self.basis
-        return vector
-
-    def add(self, vector: FloatArray, least: float) -> bool:
-        """Takes in a vector when at least that part of it is new."""
-        size = np.linalg.norm(vector)
-        if size == 0.0:
-            return False
-        rest = self.residual(vector / size)
-        length = np.linalg.norm(rest)
-        if length < least:
-            return False
-        self.basis = np.concatenate([self.basis, rest[None] / length])
-        return True
-
-    def contains(self, vector: FloatArray) -> bool:
-        rest = vector - (vector @ self.basis.T) @ self.basis
-        return bool(rest @ rest <= (10 * RANK) ** 2 * (vector @ vector))
-
-
-def _independent(rows: list[Terms], modulo: list[Terms]) -> list[Terms]:
-    """A largest independent part of the rows, best conditioned first."""
-    if not modulo and all(_ratio(rows[0], other) is not None for other in rows[1:]):
-        return rows[:1]
-    space = _Space([rows, modulo])
-    for terms in modulo:
-        space.add(space.dense(terms), RANK)
-    vectors = [space.dense(terms) for terms in rows]
-    left = {k: v / np.linalg.norm(v) for k, v in enumerate(vectors)}
-    picked = []
-    while left:
-        rest = {k: float(np.linalg.norm(space.residual(v))) for k, v in left.items()}
-        best = max(rest, key=rest.__getitem__)
-        if rest[best] < RANK:
-            break
-        space.add(left.pop(best), RANK)
-        picked.append(rows[best])
-    return picked
-
-
-def _needed(recorder: Recorder, targets: list[Terms]) -> list[list[Terms]]:
-    """W_i for every row: functionals of the past that span what rows i.. need of it."""
-    rows = recorder.rows
-    needed: list[list[Terms]] = [[] for _ in rows]
-    after: list[Terms] = []
-    for i in range(len(rows) - 1, -1, -1):
-        row = rows[i]
-        wanted = [targets[i], *after]
-        if row.clamp is not None:
-            wanted.append(row.clamp.form.terms)
-        past = [_restricted(terms, row.first) for terms in wanted]
-        past = [terms for terms in past if terms]
-        if past and i:
-            past = _independent(past, [] if recorder.open_loop else [row.seen.terms])
-        needed[i] = after = past
-    # Before the first call there is what the model sees, and nothing else.
-    for terms in needed[0]:
-        if _ratio(rows[0].seen.terms, terms, LOOSE) is None:
+    def _needed(self) -> list[Space | None]:
+        """W_i for every row: functionals of the past that span what rows i.. need of it."""
+        rows = self.rows
+        needed: list[Space | None] = [None] * len(rows)
+        after: list[Functional] = []
+        for i in range(len(rows) - 1, -1, -1):
+            clamped, first = self.clamped[i], rows[i].first
+            wanted = [self.targets[i], *after] + ([] if clamped is None else [clamped])
+            past = [part for w in wanted if (part := self._past(w, first)) is not None]
+            after = []
+            if past:
+                sample = [] if self.recorder.open_loop else [self.seen[i]]
+                # Before the first call there is what the model sees, and nothing else.
+                space = independent(past, sample if i else [self.seen[0]], first)
+                after = space.rows
+                needed[i] = space if after else None
+        if after:
             raise NotAffineError("the sampler", "uses its starting sample apart from what it shows")
-    needed[0] = []
-    return needed
+        return needed
 
+    def _choose(self, needed: list[Space | None]) -> list[Slots]:
+        """The history held before every row, by slot."""
+        held: list[Slots] = [[]]
+        for i in range(len(self.rows) - 1):
+            space = needed[i + 1]
+            if space is None:
+                held.append([])
+                continue
+            kept, new = self._basis(i, space, held[i])
+            slots: Slots = [s if k in kept else None for k, s in enumerate(held[i])]
+            for functional in new:
+                if None in slots:
+                    slots[slots.index(None)] = functional
+                else:
+                    slots.append(functional)
+            while slots and slots[-1] is None:
+                slots.pop()
+            held.append(slots)
+        return held
 
-def _choose(recorder: Recorder, needed: list[list[Terms]]) -> list[Slots]:
-    """The history held before every row, by slot."""
-    held: list[Slots] = [[]]
-    for i, row in enumerate(recorder.rows[:-1]):
-        wanted = needed[i + 1]
-        if not wanted:
-            held.append([])
-            continue
-        sample = [] if recorder.open_loop else [recorder.rows[i + 1].seen.terms]
-        kept, new = _basis(recorder, row, recorder.rows[i + 1].first, wanted, held[i], sample)
-        slots: Slots = [terms if k in kept else None for k, terms in enumerate(held[i])]
-        for terms in new:
-            if None in slots:
-                slots[slots.index(None)] = terms
-            else:
-                slots.append(terms)
-        while slots and slots[-1] is None:
-            slots.pop()
-        held.append(slots)
-    return held
+    def _basis(self, i: int, space: Space, held: Slots) -> tuple[set[int], list[Functional]]:
+        """Slots that are kept and functionals that are written after row i, spanning a space."""
+        row, end = self.rows[i], self.ends[i]
+        before = {k: s for k, s in enumerate(held) if s is not None}
+        if len(space.basis) == 1:
+            return self._line(i, space, before)
+        x = self.seen[i] if row.x is None else self._unit(row.x, end)
+        sample = [] if self.recorder.open_loop else [self.seen[i + 1]]
+        candidates = [*sample, *before.values(), x, self._unit(row.output, end)]
+        for hint in row.hints:
+            if max(hint.terms) < end and CONSTANT not in hint.terms:
+                candidates.append(self._functional(hint, end))
+        vectors = stacked(candidates, end)
+        coordinates = vectors @ space.basis.T
+        rest = vectors - coordinates @ space.basis
+        noise = np.array([c.noise for c in candidates]) + np.abs(coordinates) @ space.noise
+        missing = np.sqrt(np.einsum("ij,ij->i", rest, rest))
+        sizes = np.sqrt(np.einsum("ij,ij->i", coordinates, coordinates))
+        inside = (missing <= NOTHING * noise) & (sizes > 1e3 * noise)
+        shown = len(sample)
+        chosen = Chosen(len(space.basis), coordinates[:shown])
+        count = shown + len(space.rows)
+        kept: set[int] = set()
+        new: list[Functional] = []
+        names = [*before] + [None] * (len(candidates) - shown - len(before))
+        natural = [
+            (k, candidate, at)
+            for k, candidate, at, fits in zip(
+                names, candidates[shown:], coordinates[shown:], inside[shown:], strict=True
+            )
+            if fits
+        ]
 
+        def offer_natural(least: float, most: float = math.inf) -> None:
+            for k, candidate, at in natural:
+                if float(np.abs(at) @ space.noise) > most:
+                    continue
+                if len(chosen.basis) < count and k not in kept and chosen.add(at, least):
+                    if k is None:
+                        new.append(candidate)
+                    else:
+                        kept.add(k)
 
-def _basis(
-    recorder: Recorder, row: Row, end: int, wanted: list[Terms], held: Slots, sample: list[Terms]
-) -> tuple[set[int], list[Terms]]:
-    """Slots that are kept and functionals that are written after a row, spanning `wanted`."""
-    before = {k: terms for k, terms in enumerate(held) if terms is not None}
-    if len(wanted) == 1 and not sample:
-        return _line(row, end, wanted[0], before)
-    unit = [{row.output: 1.0}]
-    unit.insert(0, row.seen.terms if row.x is None else {row.x: 1.0})
-    hints = [_restricted(form.terms, end) for form in row.hints if form.terms]
-    hints = [terms for terms in hints if terms and CONSTANT not in terms]
-    every = [wanted, sample, before.values(), unit, hints]
-    space, chosen = _Space(every), _Space(every)
-    for terms in [*sample, *wanted]:
-        space.add(space.dense(terms), RANK)
-    for terms in sample:
-        chosen.add(chosen.dense(terms), RANK)
-    count = len(wanted) + len(chosen.basis)
-    kept: set[int] = set()
-    new: list[Terms] = []
+        offer_natural(SEPARATE)
+        precise = IMPRECISE * float(space.noise.min())
+        if len(chosen.basis) < count:
+            for at in self._of_this_call(space, row.first):
+                level = float(np.abs(at) @ space.noise)
+                if len(chosen.basis) < count and level <= precise and chosen.add(at, SEPARATE):
+                    vector = at @ space.basis
+                    vector[: row.first] = 0.0
+                    new.append(self._combination(vector, level))
+        if len(chosen.basis) < count:
+            offer_natural(SEPARATE / 50, precise)
+        if len(chosen.basis) < count:  # whatever remains, orthonormal to the rest where precise
+            others = chosen.others()
+            levels = np.abs(others) @ space.noise
+            if (levels <= precise).all():
+                found = zip(others @ space.basis, levels, strict=True)
+                return kept, new + [self._combination(v, float(level)) for v, level in found]
+        for least in (0.5, SEPARATE, 1e-3):
+            for k, at in enumerate(np.eye(len(space.basis))):
+                if len(chosen.basis) < count and chosen.add(at, least):
+                    new.append(self._combination(space.basis[k], float(space.noise[k])))
+        if (
+            shown == 0
+            and max(noise[inside].max(initial=0.0), *(b.noise for b in new), 0.0) > precise
+        ):
+            basis = [*(before[k] for k in kept), *new]
+            if not all(missing(w, basis, 1.0) <= IMPRECISE * w.noise for w in space.rows):
+                every = zip(space.basis, space.noise, strict=True)
+                return set(), [self._combination(v, float(level)) for v, level in every]
+        return kept, new
 
-    def offer(terms: Terms, least: float) -> bool:
-        vector = space.dense(terms)
-        return len(chosen.basis) < count and space.contains(vector) and chosen.add(vector, least)
+    def _line(
+        self, i: int, space: Space, before: dict[int, Functional]
+    ) -> tuple[set[int], list[Functional]]:
+        """_basis() of a single direction: the first natural functional along it, or itself."""
+        row, end = self.rows[i], self.ends[i]
+        direction, level = space.basis[0], float(space.noise[0])
 
-    def offer_natural(least: float) -> None:
-        for k, terms in before.items():
-            if k not in kept and offer(terms, least):
-                kept.add(k)
-        new.extend(terms for terms in unit if offer(terms, least))
-        new.extend(terms for terms in hints if offer(terms, least))
+        def along(c: Functional) -> bool:
+            part = float(direction[: len(c.vector)] @ c.vector)
+            if part * part < 0.999 * c.size**2:
+                return False
+            rest = part * direction
+            rest[: len(c.vector)] -= c.vector
+            return math.sqrt(rest @ rest) <= NOTHING * (c.noise + abs(part) * level)
 
-    offer_natural(SEPARATE)
-    if len(chosen.basis) < count:
-        new.extend(
-            terms for terms in _of_this_call(space, row.first, wanted) if offer(terms, SEPARATE)
-        )
-    if len(chosen.basis) < count:
-        offer_natural(SEPARATE / 50)
-    if len(chosen.basis) < count:  # whatever remains, orthonormal to the rest
-        rest = np.array([chosen.residual(vector) for vector in space.basis])
-        _, _, directions = np.linalg.svd(rest, full_matrices=False)
-        for direction in directions[: count - len(chosen.basis)]:
-            new.append(chosen.sparse(direction / np.abs(direction).max()))
-    return kept, new
+        for k, functional in before.items():
+            if along(functional):
+                return {k}, []
+        keys = np.flatnonzero(direction)
+        if len(keys) == 1:
+            return set(), [self._unit(int(keys[0]), end)]
+        for hint in row.hints:
+            if (
+                len(hint.terms) == len(keys)
+                and CONSTANT not in hint.terms
+                and max(hint.terms) < end
+            ):
+                functional = self._functional(hint, end)
+                if along(functional):
+                    return set(), [functional]
+        return set(), [self._combination(direction, level)]
 
+    def _unit(self, key: int, end: int) -> Functional:
+        vector = np.zeros(end)
+        vector[key] = self.weights[key]
+        return Functional({key: 1.0}, vector, ROUNDING * float(vector[key]))
 
-def _line(
-    row: Row, end: int, wanted: Terms, before: dict[int, Terms]
-) -> tuple[set[int], list[Terms]]:
-    """_basis() of a single functional: history that is a multiple of it, a tensor that the traced
-    code keeps, or itself."""
-    for k, terms in before.items():
-        if _ratio(terms, wanted) is not None:
-            return {k}, []
-    if len(wanted) == 1:
-        return set(), [dict.fromkeys(wanted, 1.0)]
-    for form in row.hints:
-        if len(form.terms) == len(wanted) and _ratio(form.terms, wanted) is not None:
-            return set(), [form.terms]
-    size = _size(wanted)
-    return set(), [{key: value / size for key, value in wanted.items()}]
+    @staticmethod
+    def _of_this_call(space: Space, first: int) -> FloatArray:
+        """Coordinates of functionals in a space that do not involve earlier calls."""
+        past = space.basis[:, :first]
+        if not past.any():
+            return np.eye(len(space.basis))
+        left, sizes, _ = np.linalg.svd(past, full_matrices=len(past) > first)
+        sizes = np.concatenate([sizes, np.zeros(len(past) - len(sizes))])
+        found: FloatArray = left.T[sizes <= NOTHING * (np.abs(left.T) @ space.noise)]
+        return found
 
-
-def _ratio(a: Terms, b: Terms, tolerance: float = RANK) -> float | None:
-    """b / a when one is a multiple of the other."""
-    if a.keys() != b.keys():
-        return None
-    key = max(a, key=lambda k: abs(a[k]))
-    ratio = b[key] / a[key]
-    slack = tolerance * abs(b[key])
-    if all(abs(value - ratio * a[k]) <= slack for k, value in b.items()):
-        return ratio
-    return None
-
-
-def _of_this_call(space: _Space, first: int, wanted: list[Terms]) -> list[Terms]:
-    """Functionals in the span of `wanted` that do not involve earlier calls."""
-    matrix = np.array([space.dense(terms) for terms in wanted])
-    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    past = np.array([key < first for key in space._keys])
-    left, sizes, _ = np.linalg.svd(matrix[:, past], full_matrices=True)
-    rank = int((sizes > RANK).sum())
-    found = []
-    for combination in left[:, rank:].T:
-        vector = combination @ matrix
-        vector[past] = 0.0
-        found.append(space.sparse(vector / np.abs(vector).max()))
-    return found
-
-
-@dataclass
-class _Assembly:
-    """Coefficients of every row from the functionals before and after it."""
-
-    recorder: Recorder
-    targets: list[Terms]
-    held: list[Slots]
+    # The rows.
 
     def plan(self) -> SolverPlan:
         recorder, rows = self.recorder, self.recorder.rows
@@ -304,18 +302,22 @@ class _Assembly:
         for i, row in enumerate(rows):
             A[i, 0] = self._row(i, self.targets[i])
             before, after = self.held[i], self.held[i + 1] if i + 1 < R else []
-            for k, terms in enumerate(after):
-                if terms is not None:
-                    same = k < len(before) and before[k] is terms
-                    A[i, 1 + k] = np.eye(N + 2 + D)[1 + k] if same else self._row(i, terms)
+            for k, functional in enumerate(after):
+                if functional is None:
+                    continue
+                if k < len(before) and before[k] is functional:
+                    A[i, 1 + k, 1 + k] = 1.0
+                else:
+                    A[i, 1 + k] = self._row(i, functional)
             for k in range(len(inputs)):
                 A[i, 1 + history + k, 1 + history + k] = 1.0
-            if row.clamp is not None:
-                P[i] = np.delete(self._row(i, row.clamp.form.terms), N + 1)
+            clamped = self.clamped[i]
+            if row.clamp is not None and clamped is not None:
+                P[i] = np.delete(self._row(i, clamped), N + 1)
                 lo[i], hi[i] = row.clamp.lo, row.clamp.hi
             preview: FloatArray | None = A[i, 0]
             if row.preview is not None:
-                preview = self._expressed(i, row.preview.terms)
+                preview = self._preview(i, row.preview)
             missing |= preview is None
             x_start[i] = 0.0 if preview is None else preview
             draws[i, :, 0] = i
@@ -327,7 +329,8 @@ class _Assembly:
                     if draw.variable not in row.scaled.values() and A[i, :, N + 2 + k].any():
                         raise NotAffineError("exp", "times some of a step's draws only")
         snr = np.array([row.snr for row in rows])
-        clamped = any(row.clamp is not None for row in rows)
+        self._check(A, P)
+        clamps = any(row.clamp is not None for row in rows)
         learned = recorder.learned_variance or any(row.learned is not None for row in rows)
         kinds = {row.clamp.thresholding for row in rows if row.clamp is not None}
         if len(kinds) > 1:
@@ -339,10 +342,11 @@ class _Assembly:
         return SolverPlan(
             name=recorder.name, about=about, A=A, x_start=x_start, draws=draws,
             t=np.array([row.t for row in rows]),
-            P=P if clamped else None, lo=lo if clamped else None, hi=hi if clamped else None,
+            P=P if clamps else None, lo=lo if clamps else None, hi=hi if clamps else None,
             thresholding=kinds.pop() if kinds else None,
             c_in=np.array([row.c_in for row in rows[1:]] + [1.0]), first_c_in=rows[0].c_in,
             initial_scale=recorder.initial_scale, first_churn=self._first_churn(),
+            first_drawn=bool(recorder.first_draws),
             inputs=tuple(recorder.inputs), draw_dtype=recorder.draw_dtype,
             drawn=None if (drawn == used).all() else drawn,
             half_log_variance_min=half_log[0] if learned else None,
@@ -350,17 +354,9 @@ class _Assembly:
             snr=snr if snr.any() else None,
         )  # fmt: skip
 
-    def _row(self, i: int, terms: Terms) -> FloatArray:
-        """Coefficients of a functional over S, o, c, z of row i."""
-        coefficients = self._expressed(i, terms)
-        if coefficients is None:
-            raise AssertionError(f"{self.recorder.name}: row {i} is not in the span of its history")
-        return coefficients
-
-    def _expressed(self, i: int, terms: Terms) -> FloatArray | None:
-        row = self.recorder.rows[i]
-        N = self.states
-        coefficients = np.zeros(N + 2 + self.draws)
+    def _columns(self, i: int) -> dict[int, int]:
+        """The columns over S, o, c, z of the variables of row i."""
+        row, N = self.rows[i], self.states
         columns = {row.output: N}
         if row.x is not None:
             columns[row.x] = 0
@@ -370,27 +366,76 @@ class _Assembly:
         for k, given in enumerate(self.inputs):
             if i in given:
                 columns[given[i]] = 1 + self.history + k
-        past: Terms = {}
-        for key, value in terms.items():
-            column = columns.get(key)
-            if column is not None:
-                coefficients[column] = value
-            elif key < row.first:
-                past[key] = value
-            else:
-                raise NotAffineError("the sampler", f"uses {self.recorder.variable_name(key)}")
-        past = _restricted(terms, row.first) if past else past
-        if not past:
-            return coefficients
-        sources = {1 + k: s for k, s in enumerate(self.held[i]) if s is not None}
-        if row.x is None:
-            sources[0] = row.seen.terms
-        solved = _solve(past, sources, 10 * CANCELLED * _size(terms))
-        if solved is None:
-            return None
-        for k, value in solved.items():
-            coefficients[k] += value
+        return columns
+
+    def _row(self, i: int, functional: Functional) -> FloatArray:
+        """Coefficients of a functional over S, o, c, z of row i."""
+        row, terms = self.rows[i], functional.terms
+        coefficients = np.zeros(self.states + 2 + self.draws)
+        columns = self._columns(i)
+        for key in range(row.first, self.ends[i]):
+            if key in terms:
+                if key not in columns:
+                    name = self.recorder.variable_name(key)
+                    raise NotAffineError("the sampler", f"uses {name}")
+                coefficients[columns[key]] = terms[key]
+        past = self._past(functional, row.first)
+        if past is not None:
+            sources = self._sources(i)
+            for k, value in solve(past, sources).items():
+                coefficients[k] += value
         return coefficients
+
+    def _sources(self, i: int) -> dict[int, Functional]:
+        """Functionals of the past that row i has, by column."""
+        sources = {1 + k: s for k, s in enumerate(self.held[i]) if s is not None}
+        if self.rows[i].x is None:
+            sources[0] = self.seen[i]
+        return sources
+
+    def _preview(self, i: int, form: LinearForm) -> FloatArray | None:
+        """Coefficients of a form; None when they need history that is not carried."""
+        if CONSTANT in form.terms:
+            return None
+        functional = self._functional(form, self.ends[i], self.rows[i].first)
+        if not len(functional.vector):
+            return self._row(i, functional)
+        past, sources = self._past(functional, self.rows[i].first), self._sources(i)
+        if past is not None and missing(past, [*sources.values()]) > ACCURATE * functional.size:
+            return None
+        return self._row(i, functional)
+
+    def _check(self, A: FloatArray, P: FloatArray) -> None:
+        """Runs the plan on functionals: refuses one that gives others than those recorded."""
+        N, n = self.states, len(self.weights)
+        S = np.zeros((N, n))
+        for i, row in enumerate(self.rows):
+            end = self.ends[i]
+            after = i + 1 < len(self.rows) and self.held[i + 1]
+            if not after and not self.held[i] and row.x is not None:
+                continue  # the row is what was recorded itself
+            if row.x is None:
+                S[0, : row.first] = self.seen[i].vector
+            V = np.zeros((N + 2 + self.draws, end))
+            V[:N] = S[:, :end]
+            for key, column in self._columns(i).items():
+                V[column] = 0.0
+                V[column, key] = self.weights[key]
+            S[:, :end] = A[i] @ V
+            pairs = [(S[0, :end], self.targets[i])]
+            clamped = self.clamped[i]
+            if clamped is not None:
+                pairs.append((P[i] @ np.delete(V, N + 1, 0), clamped))
+            for found, wanted in pairs:
+                if not len(wanted.vector):
+                    continue
+                error = found - wanted.vector
+                if not math.sqrt(error @ error) <= ACCURATE * wanted.size + 1e-300:
+                    raise NotAffineError(
+                        "the sampler", f"needs more than float64 to be computed from the least "
+                        f"history: call {i} of {row.t:g} is off by "
+                        f"{math.sqrt(error @ error):.1e} of {wanted.size:.1e}"
+                    )  # fmt: skip
 
     def _first_churn(self) -> float:
         """The scale of noise that the first sample gets before the model sees it."""
@@ -405,30 +450,21 @@ class _Assembly:
         return used[0] if used else 0.0
 
 
+def _refuse_constant(terms: Terms, what: str) -> None:
+    if CONSTANT in terms:
+        raise NotAffineError("add", f"puts the constant {terms[CONSTANT]:g} into {what}")
+
+
 def from_history(recorder: Recorder, row: int, form: LinearForm) -> dict[int, float] | None:
     """A form of earlier calls as a combination of the history (1..) held after a row of the plan;
     None when that is not carried."""
-    held: Slots = recorder.slots[row + 1] if row + 1 < len(recorder.slots) else []
-    return _solve(form.terms, {1 + k: terms for k, terms in enumerate(held) if terms is not None})
-
-
-def _solve(target: Terms, sources: dict[int, Terms], least: float = 0.0) -> dict[int, float] | None:
-    """target = sum_k a_k source_k, or None when there is no such sum; what is missing may be
-    `least`."""
-    for k, source in sources.items():
-        ratio = _ratio(source, target, LOOSE if len(sources) == 1 else 1e-15)
-        if ratio is not None:
-            return {k: ratio}
-    if len(sources) < 2:
+    held: Slots = recorder.held[row + 1] if row + 1 < len(recorder.held) else []
+    sources = {1 + k: s for k, s in enumerate(held) if s is not None}
+    if not sources or not form.terms or CONSTANT in form.terms:
         return None
-    space = _Space([sources.values(), [target]])
-    vector = space.dense(target)
-    matrix = np.array([space.dense(source) for source in sources.values()])
-    sizes = np.linalg.norm(matrix, axis=1)
-    values = np.linalg.lstsq((matrix / sizes[:, None]).T, vector, rcond=None)[0]
-    size = float(np.linalg.norm(vector))
-    missing = float(np.linalg.norm(values @ (matrix / sizes[:, None]) - vector))
-    if missing > max(100 * RANK * size, least):
+    vector = np.zeros(len(recorder.sizes))
+    vector[list(form.terms)] = list(form.terms.values())
+    target = Functional(form.terms, vector * recorder.sizes, ROUNDING * form.magnitude)
+    if missing(target, [*sources.values()]) > ACCURATE * target.size:
         return None
-    values[np.abs(values) < 1e-13 * size] = 0.0
-    return dict(zip(sources, (float(v) for v in values / sizes), strict=True))
+    return solve(target, sources)

@@ -18,12 +18,16 @@ import bisect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastdiff.noise import STREAM_STEP, STREAM_STEP_SECOND
 from fastdiff.plan import SolverPlan
 from fastdiff.tracing.linear_form import CONSTANT, LinearForm, NotAffineError
+
+if TYPE_CHECKING:
+    from fastdiff.tracing.realize import Slots
 
 __all__ = ["Draw", "Recorder", "Row"]
 
@@ -71,6 +75,11 @@ class Row:
     hints: list[LinearForm] = field(default_factory=list)
 
 
+def _natural(c_in: float) -> float:
+    """The size of a sample that models see c_in times of, near size 1."""
+    return 1.0 / abs(c_in) if c_in and math.isfinite(c_in) else 1.0
+
+
 class Recorder:
     """Records one run of a sampler.
 
@@ -101,26 +110,30 @@ class Recorder:
         self.output_dtype = output_dtype
         self.rows: list[Row] = []
         self.names: list[str] = []
+        self.sizes: list[float] = []  # natural sizes of the variables
         self.inputs: dict[str, dict[int, int]] = {}  # by name and call
         self.initial_scale = 1.0
         self.first_draws: list[Draw] = []
         self.initial: LinearForm | None = None
-        self.slots: list[list[dict[int, float] | None]] = []  # the history chosen by finish()
+        # What finish() chose: the history before every call by slot, and the same as vectors.
+        self.slots: list[list[dict[int, float] | None]] = []
+        self.held: list[Slots] = []
         self._halves: dict[int, LinearForm] = {}
         self._times: list[float] = []  # of the Brownian motion, and its increment after each
         self._increments: dict[float, LinearForm] = {}
 
     # Variables.
 
-    def _variable(self, name: str) -> int:
+    def _variable(self, name: str, size: float = 1.0) -> int:
         self.names.append(name)
+        self.sizes.append(size)
         return len(self.names) - 1
 
     def variable_name(self, key: int) -> str:
         return "1" if key == CONSTANT else self.names[key]
 
     def _form(self, key: int, dtype: torch.dtype = torch.float64) -> LinearForm:
-        return LinearForm(self, {key: 1.0}, dtype)
+        return LinearForm(self, {key: 1.0}, dtype, magnitude=self.sizes[key])
 
     # The sampler's side.
 
@@ -129,8 +142,15 @@ class Recorder:
         if self.initial is not None:
             raise ValueError("begin() was called before")
         self.initial_scale = float(scale)
-        self.initial = self._form(self._variable("x_T"))
+        self.initial = self._form(self._variable("x_T", abs(self.initial_scale) or 1.0))
         return self.initial
+
+    def scaled_input(self, x: LinearForm, c_in: float) -> None:
+        """The model of the last call sees c_in x: said after call(), with the x that it gave."""
+        row = self.rows[-1]
+        assert row.x is not None
+        row.c_in = c_in
+        self.sizes[row.x] = x.magnitude = _natural(c_in)
 
     def input(self, name: str) -> LinearForm:
         """A tensor that the caller supplies at every call; this is that of the last call."""
@@ -148,7 +168,7 @@ class Recorder:
             raise ValueError("begin() must be called before call()")
         i, first, seen = len(self.rows), len(self.names), x
         if self.open_loop:
-            x = self._form(self._variable(f"x_{i}"), x.dtype)
+            x = self._form(self._variable(f"x_{i}", _natural(c_in)), x.dtype)
         output = self._variable(f"o_{i}")
         own = first if self.open_loop else None
         self.rows.append(Row(float(t), float(c_in), first, seen, own, output))
@@ -237,7 +257,8 @@ class Recorder:
         row.learned = scale
         for key in set(z.terms) - set(row.scaled):
             row.scaled[key] = plain[key].variable = self._variable(f"sigma {self.names[key]}")
-        return LinearForm(self, {row.scaled[k]: v for k, v in z.terms.items()}, z.dtype, z.shape)
+        terms = {row.scaled[k]: v for k, v in z.terms.items()}
+        return LinearForm(self, terms, z.dtype, z.shape, z.magnitude)
 
     def corrector(self, x: LinearForm, g: LinearForm, snr: float) -> LinearForm:
         """x + eps g + sqrt(2 eps) z with eps = 2 (snr ||z|| / ||g||)^2, which is measured when the

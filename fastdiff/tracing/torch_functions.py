@@ -56,7 +56,7 @@ def _einsum(equation: str, weights: Tensor, stack: Stack) -> LinearForm:
 
 
 def _zeros_like(form: LinearForm, **kwargs: Any) -> LinearForm:
-    return form._like({}, kwargs.get("dtype"))
+    return form._like({}, kwargs.get("dtype"), scale=0.0)
 
 
 def _draw(form: LinearForm, *, dtype: torch.dtype | None = None, **_: Any) -> LinearForm:

@@ -158,9 +158,8 @@ def trace_scheduler(
     with intercepted(recorder), torch.no_grad():
         for t in timesteps:
             x, output = recorder.call(x, t=float(t))
-            row = recorder.rows[-1]
             if hasattr(scheduler, "scale_model_input"):
-                row.c_in = _scale(recorder, scheduler.scale_model_input(x, t))
+                recorder.scaled_input(x, _scale(recorder, scheduler.scale_model_input(x, t)))
             results: tuple[Any, ...] = scheduler.step(output, t, x, **options)
             x = results[0]
             if len(results) > 1 and isinstance(results[1], LinearForm):

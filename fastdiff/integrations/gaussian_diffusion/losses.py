@@ -12,6 +12,8 @@ __all__ = ["discretized_gaussian_log_likelihood", "mean_flat", "normal_kl"]
 
 def mean_flat(tensor: Tensor) -> Tensor:
     """The mean over all dimensions but the batch: (B, ...) to (B,)."""
+    if tensor.dim() == 1:  # no dimensions to torch.mean are all of them
+        return tensor
     return tensor.mean(dim=list(range(1, tensor.dim())))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.noise import STREAM_STEP
 from fastdiff.ops.call import call_step, compute_dtype, pack_table
-from fastdiff.ops.checks import check_sample
+from fastdiff.ops.checks import check_sample, resolve_seed
 from fastdiff.ops.draw import randn
 from fastdiff.ops.step import StepSpec
 from fastdiff.schedules._values import as_float
@@ -21,7 +21,7 @@ from fastdiff.solvers.edm import ancestral_options
 from fastdiff.solvers.sigma_space import ancestral
 from fastdiff.solvers.weights import phi
 
-from .driver import Progress, check_drawn
+from .driver import Progress, check_returned
 from .network import Network, network_of
 from .noise import default_noise_sampler
 from .sampling import Arguments, Callback, Sampler, Seed, _check_noise
@@ -67,6 +67,8 @@ def sample_dpm_adaptive(
         raise ValueError("eta must be 0 when sigma_max <= sigma_min (sampling in reverse)")
     _check_noise(noise_sampler, seed)
     check_sample("x", x)
+    if seed is not None:
+        resolve_seed(seed, 0, x.shape[0], x.device)  # refuses, also where nothing is drawn
     network = network_of(model)
     if noise_sampler is None and seed is None:
         noise_sampler = default_noise_sampler(x)
@@ -105,7 +107,8 @@ def sample_dpm_adaptive(
                         x = x + (sigma_up * s_noise) * z
                 else:
                     assert noise_sampler is not None
-                    z = check_drawn(noise_sampler(_level(sigma), _level(sigma_next)), x)
+                    drawn = noise_sampler(_level(sigma), _level(sigma_next))
+                    z = check_returned("noise_sampler", drawn, x)
                     if sigma_up:
                         x = x + (sigma_up * s_noise) * z
                 t = t_next
@@ -216,6 +219,7 @@ class Trial:
         kept, results = [x], []
         for level, now in enumerate(passes):
             output = self._network.ask(seen, times[level], **extra_args)
+            check_returned("model", output, x)
             progress.update()
             made = self._make(now, kept, output)
             if now.keep:

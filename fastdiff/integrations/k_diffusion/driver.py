@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.noise import STREAM_STEP_SECOND
 from fastdiff.ops.call import call_step, pack_table
-from fastdiff.ops.checks import FLOATING, check_sample
+from fastdiff.ops.checks import FLOATING, check_sample, resolve_seed
 from fastdiff.ops.draw import randn
 from fastdiff.ops.step import StepSpec
 from fastdiff.plan import SolverPlan
@@ -24,7 +24,7 @@ from fastdiff.solvers.sigma_space import Call, Denoiser, Tape, levels_of
 from .network import Network, network_of
 from .noise import NoiseSampler
 
-__all__ = ["Progress", "Script", "check_drawn", "compile_script", "read_sigmas", "run_script"]
+__all__ = ["Progress", "Script", "check_returned", "compile_script", "read_sigmas", "run_script"]
 
 FORMULAS = edm.FORMULAS | dpmpp_sigma.FORMULAS
 # When upstream's sample takes the dtype of sigmas too (to_d() gives sigma as many dimensions as x):
@@ -137,6 +137,8 @@ def run_script(
         per_call: progress counts model calls, not steps.
     """
     check_sample("x", x)
+    if seed is not None:
+        resolve_seed(seed, 0, x.shape[0], x.device)  # refuses, also where nothing is drawn
     network = network_of(model)
     extra_args = extra_args or {}
     seeded = seed is not None
@@ -167,7 +169,7 @@ def run_script(
             seen = x * plan.first_c_in
         else:
             seen = x
-        output = network.ask(seen, times[row], **extra_args)
+        output = check_returned("model", network.ask(seen, times[row], **extra_args), x)
         kinds = [wide, output.dtype]
         if network.wrapped:
             kinds.append(original.dtype)  # of c_out
@@ -186,7 +188,7 @@ def run_script(
                 drawn = torch.randn_like(original, dtype=wide)
             else:
                 assert noise is not None
-                drawn = check_drawn(noise(*query(kind, step)), x)
+                drawn = check_returned("noise_sampler", noise(*query(kind, step)), x)
                 wide = _promoted([wide, drawn.dtype])
         if run is None:
             used = bool(plan.draws_noise.any())
@@ -230,16 +232,16 @@ def _never(row: int, draw: int) -> Tensor:
     raise AssertionError(f"draw {draw} of row {row} was not handed to the step")
 
 
-def check_drawn(drawn: Any, x: Tensor) -> Tensor:
-    """What a noise sampler gave: a tensor that can stand beside x."""
-    if not isinstance(drawn, Tensor):
-        raise TypeError(f"noise_sampler must return a torch.Tensor, not {type(drawn).__name__}")
-    if drawn.shape != x.shape or drawn.device != x.device or drawn.dtype not in FLOATING:
+def check_returned(name: str, value: Any, x: Tensor) -> Tensor:
+    """What a model or noise sampler gave: a tensor that can stand beside x."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a torch.Tensor, not {type(value).__name__}")
+    if value.shape != x.shape or value.device != x.device or value.dtype not in FLOATING:
         raise ValueError(
-            f"noise_sampler must return {tuple(x.shape)} of a floating dtype on {x.device}, not "
-            f"{tuple(drawn.shape)} {drawn.dtype} on {drawn.device}"
+            f"{name} must return {tuple(x.shape)} of a floating dtype on {x.device}, not "
+            f"{tuple(value.shape)} {value.dtype} on {value.device}"
         )
-    return drawn
+    return value
 
 
 class _Preview:

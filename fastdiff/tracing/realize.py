@@ -173,9 +173,9 @@ class _Realization:
         coordinates = vectors @ space.basis.T
         rest = vectors - coordinates @ space.basis
         noise = np.array([c.noise for c in candidates]) + np.abs(coordinates) @ space.noise
-        missing = np.sqrt(np.einsum("ij,ij->i", rest, rest))
+        left = np.sqrt(np.einsum("ij,ij->i", rest, rest))
         sizes = np.sqrt(np.einsum("ij,ij->i", coordinates, coordinates))
-        inside = (missing <= NOTHING * noise) & (sizes > 1e3 * noise)
+        inside = (left <= NOTHING * noise) & (sizes > 1e3 * noise)
         shown = len(sample)
         chosen = Chosen(len(space.basis), coordinates[:shown])
         count = shown + len(space.rows)
@@ -298,7 +298,7 @@ class _Realization:
         draws = np.zeros((R, D, 2), np.int64)
         drawn = np.zeros((R, D), bool)
         half_log = np.zeros((2, R))
-        missing = False
+        lacks_preview = False
         for i, row in enumerate(rows):
             A[i, 0] = self._row(i, self.targets[i])
             before, after = self.held[i], self.held[i + 1] if i + 1 < R else []
@@ -318,7 +318,7 @@ class _Realization:
             preview: FloatArray | None = A[i, 0]
             if row.preview is not None:
                 preview = self._preview(i, row.preview)
-            missing |= preview is None
+            lacks_preview |= preview is None
             x_start[i] = 0.0 if preview is None else preview
             draws[i, :, 0] = i
             for k, draw in enumerate(row.draws):
@@ -337,7 +337,7 @@ class _Realization:
             raise NotAffineError("clamp", "and thresholding in one sampler")
         used = (A[:, :, N + 2 :] != 0).any(1) | (P[:, N + 1 :] != 0) | (x_start[:, N + 2 :] != 0)
         about = dict(recorder.about)
-        if missing:
+        if lacks_preview:
             about["preview"] = "needs history that no result needs"
         return SolverPlan(
             name=recorder.name, about=about, A=A, x_start=x_start, draws=draws,

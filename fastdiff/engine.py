@@ -138,7 +138,9 @@ class Sampler:
         fast: bool,
     ) -> Tensor:
         if (seed is None) == (generator is None):
-            raise ValueError("exactly one of seed and generator must be given with shape")
+            raise ValueError(
+                "exactly one of seed and generator must be given with shape (noise= goes with x_T)"
+            )
         if generator is not None:
             if not isinstance(generator, torch.Generator):
                 raise TypeError(f"generator must be a torch.Generator, not {generator!r}")
@@ -182,6 +184,11 @@ class Sampler:
             raise TypeError(f"callback must be callable, not {type(callback).__name__}")
         if "preview" in options or "in_place" in options:
             raise TypeError("preview and in_place are the loop's own; use start() to step yourself")
+        if self.plan.inputs:
+            names = ", ".join(self.plan.inputs)
+            raise ValueError(
+                f"plan takes inputs at every call ({names}); use start() to step yourself"
+            )
         with torch.no_grad():
             run = self.start(
                 x_T, shape, preview=callback is not None, in_place=callback is None, **options

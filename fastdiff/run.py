@@ -41,7 +41,8 @@ class Run:
             x = run.step(model(run.model_input, run.t))
 
     Attributes:
-        x: the sample S0, (B, ...), in the run's dtype.
+        x: the sample S0, (B, ...), in the run's dtype. Assign to it to change what the model sees
+            next; the run keeps a copy.
         history: the memory of the states beside x, in the plan's order; None where there is none
             yet. What no later row reads (print(plan)) is spare.
         t: the model's t for the coming call: (B,), or (2B,) with guidance.
@@ -126,8 +127,15 @@ class Run:
         trivial = plan.first_c_in == 1.0 and (plan.c_in is None or bool((plan.c_in == 1.0).all()))
         self._input: Tensor | None = None
         if not (trivial and copies == 1 and model_dtype == x.dtype):
-            first = (self.x.to(compute) * plan.first_c_in).to(model_dtype)
-            self._input = torch.cat([first] * copies) if copies > 1 else first
+            self._input = self._scaled_input(model_dtype, copies)
+
+    def _scaled_input(self, dtype: torch.dtype, copies: int) -> Tensor:
+        """What the model takes for the sample as it is: c_in * x, once or twice."""
+        plan, i = self.plan, self.index
+        c_in = 1.0 if plan.c_in is None or i == 0 else float(plan.c_in[i - 1])
+        scale = plan.first_c_in if i == 0 else c_in
+        scaled = (self.x.to(compute_dtype(self._dtype)) * scale).to(dtype)
+        return torch.cat([scaled] * copies) if copies > 1 else scaled
 
     def _take_noise(
         self,
@@ -179,6 +187,15 @@ class Run:
     def x(self) -> Tensor:
         x: Tensor = self._states[0]
         return x
+
+    @x.setter
+    def x(self, value: Tensor) -> None:
+        """Changes the sample before the model sees it (a mask of inpainting, a projection)."""
+        check_like("x", value, "the run's x", self.x)
+        self._states = [value.clone(memory_format=torch.contiguous_format), *self._states[1:]]
+        if self._input is not None:
+            copies = self._input.shape[0] // self._batch
+            self._input = self._scaled_input(self._input.dtype, copies)
 
     @property
     def history(self) -> list[Tensor | None]:

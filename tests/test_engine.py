@@ -454,3 +454,34 @@ def test_a_bad_output_leaves_the_run_unharmed(assert_same_bits):
     with pytest.raises(ValueError, match="done"):
         run.t  # noqa: B018
     assert_same_bits(run.x, fd.sample(model, DDPM, shape=(2, 3), seed=0))
+
+
+def test_an_assigned_sample_is_what_the_model_sees_and_the_step_starts_from(assert_same_bits):
+    plan = scaled_plan()
+    mask, other = torch.tensor([1.0, 0.0]).repeat(2, 3), torch.randn(2, 6)
+
+    def masked(x):
+        return mask * x + (1 - mask) * other
+
+    run = fd.Sampler(plan).start(shape=(2, 6), seed=2, guidance_scale=2.0)
+    twin = fd.Sampler(plan).start(shape=(2, 6), seed=2, guidance_scale=2.0)
+    while not run.done:
+        scale = plan.first_c_in if run.index == 0 else plan.c_in[run.index - 1]
+        run.x = kept = masked(run.x)
+        assert_same_bits(run.model_input, torch.cat([kept * float(scale)] * 2))
+        output = model(run.model_input, run.t)
+        kept = kept.clone()
+        run.step(output)
+        twin.step(output, x=kept)
+        assert_same_bits(run.x, twin.x)
+    with pytest.raises(ValueError, match="x must"):
+        run.x = torch.zeros(3, 6)
+
+
+def test_a_plan_with_inputs_is_refused_before_the_model_runs():
+    plan = fd.SolverPlan(
+        "with input", np.tile([[[0.5, 0.1, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]]], (2, 1, 1)),
+        np.zeros((2, 4)), np.arange(2.0), np.zeros((2, 0, 2), int), inputs=("known",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="known"):
+        fd.sample(lambda x, t: pytest.fail("the model ran"), plan, shape=(2, 3), seed=0)

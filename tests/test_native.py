@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastdiff.backends import build as builder
 from fastdiff.backends import native
+from fastdiff.ops.call import pack_table
 from fastdiff.ops.step import HEADER, StepSpec
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "noise_kat.json").read_text())
@@ -460,3 +462,16 @@ def test_normals_near_the_end_of_the_largest_sample() -> None:
     whole = poisoned((1, 4 * 600), torch.float32)
     op("reference", "randn")(whole, None, 7, 1, 2, 3, 2**32 - 600, False)
     assert_same_bits(out, whole[:, -8:])
+
+
+def test_operands_of_another_size_are_refused_by_the_kernel_itself():
+    x = torch.zeros(2, 3)
+    table = torch.from_numpy(pack_table(1, [np.array([[1.0, 1.0, 0.0]])])).float()
+    spec = StepSpec(1, (0b11,))
+    rows = torch.zeros(1, dtype=torch.int64)
+    for states, outputs in (([x], [torch.ones(1)]), ([torch.ones(1)], [x])):
+        with pytest.raises(RuntimeError, match="6 elements each, not 1"):
+            torch.ops.fastdiff_native.step(
+                states, outputs, [], table, rows, None, None, None, None, spec.encoded,
+                [0, 0, 0, 0], [torch.empty(2, 3)], None,
+            )  # fmt: skip

@@ -83,10 +83,16 @@ void randn(Tensor out, std::optional<Tensor> keys, int64_t seed, int64_t sample_
   launch(&fastdiff::launch_randn, p, out);
 }
 
-void fill(const std::vector<Tensor>& tensors, Operand* operands, int limit, const char* name) {
+// Kernels see no sizes: a short operand would be read past its end.
+void fill(const std::vector<Tensor>& tensors, Operand* operands, int limit, int64_t elements,
+          const char* name) {
   STD_TORCH_CHECK(tensors.size() <= static_cast<size_t>(limit), "at most ", limit, " ", name,
                   ", not ", tensors.size());
-  for (size_t k = 0; k < tensors.size(); ++k) operands[k] = operand(tensors[k]);
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    STD_TORCH_CHECK(tensors[k].numel() == elements, name, " must have ", elements,
+                    " elements each, not ", tensors[k].numel());
+    operands[k] = operand(tensors[k]);
+  }
 }
 
 void step(std::vector<Tensor> states, std::vector<Tensor> model_outputs, std::vector<Tensor> noise,
@@ -99,12 +105,12 @@ void step(std::vector<Tensor> states, std::vector<Tensor> model_outputs, std::ve
   STD_TORCH_CHECK(spec.size() == kSpecHead + out.size() && counter.size() == 4 && !out.empty(),
                   "spec and counter must have the form of StepSpec.encoded");
   StepParams p{};
-  fill(states, p.state, kMaxStates, "states");
-  fill(model_outputs, p.model_output, 2, "model outputs");
-  fill(noise, p.noise, kMaxDraws, "noise tensors");
-  fill(out, p.out, kMaxOutputs, "outputs");
-  p.batch = out[0].size(0);
   const int64_t elements = out[0].numel();
+  fill(states, p.state, kMaxStates, elements, "states");
+  fill(model_outputs, p.model_output, 2, spec[2] ? 2 * elements : elements, "model outputs");
+  fill(noise, p.noise, kMaxDraws, elements, "noise tensors");
+  fill(out, p.out, kMaxOutputs, elements, "outputs");
+  p.batch = out[0].size(0);
   p.n = p.batch ? elements / p.batch : 0;
   p.states = static_cast<int32_t>(states.size());
   p.model_outputs = static_cast<int32_t>(model_outputs.size());

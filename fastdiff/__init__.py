@@ -8,7 +8,7 @@ x = fd.sample(model, plan, shape=(16, 3, 64, 64), seed=0)
 
 __version__ = "0.1.0"
 
-from fastdiff import backends, noise, ops, schedules, solvers
+from fastdiff import backends, integrations, noise, ops, schedules, solvers, tracing
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.engine import Sampler, StepState, sample
 from fastdiff.ops.draw import randn
@@ -35,6 +35,7 @@ __all__ = [
     "StepState",
     "backends",
     "ddim_sample",
+    "integrations",
     "noise",
     "ops",
     "p_mean_variance",
@@ -49,5 +50,6 @@ __all__ = [
     "schedules",
     "solvers",
     "trace",
+    "tracing",
     "use_backend",
 ]

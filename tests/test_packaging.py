@@ -216,13 +216,25 @@ def test_kernels_import_under_the_name_fastdiff_kernels(
     assert Path(file) == tree / "fastdiff" / "kernels" / "__init__.py"
 
 
-def test_importing_the_folder_as_top_level_kernels_says_what_to_do(checkout: Path) -> None:
-    done = python("import kernels", checkout)
+def test_using_the_folder_as_top_level_kernels_says_what_to_do(checkout: Path) -> None:
+    done = python("import kernels; kernels.step", checkout)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: ")
+    assert last.startswith("AttributeError: ")
     assert "import fastdiff.kernels" in last
     assert "Hugging Face" in last
+    assert python("import kernels.step", checkout).returncode != 0
+
+
+def test_transformers_and_the_drop_in_import_from_the_repository_root(checkout: Path) -> None:
+    """They ask for Hugging Face's kernels, and the folder of that name answers."""
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import transformers.modeling_utils, diffusers, fastdiff as fd\n"
+        "scheduler = fd.integrations.diffusers.accelerate(diffusers.DDIMScheduler())\n"
+        "print(type(scheduler).__name__)"
+    )
+    assert output(code, checkout) == ["DDIMScheduler"]
 
 
 def test_a_library_that_looks_for_hugging_face_kernels_degrades(checkout: Path) -> None:

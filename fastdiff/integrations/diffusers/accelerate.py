@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from fastdiff.integrations.diffusers import saving
@@ -88,7 +89,7 @@ def accelerate(
     )  # fmt: skip
     if inspect.isclass(x) and issubclass(x, SchedulerMixin):
         return cast(X, _subclass(x, options))
-    if isinstance(x, DiffusionPipeline):
+    if _is_pipeline(x):
         if guidance_scale is not None:
             raise ValueError("guidance_scale must be None for a pipeline, which does its own")
         pipeline: Any = x
@@ -100,6 +101,12 @@ def accelerate(
         return cast(X, _instance(x, options))
     kind = x.__name__ if inspect.isclass(x) else type(x).__name__
     raise TypeError(f"x must be a scheduler, a scheduler class or a pipeline of diffusers: {kind}")
+
+
+def _is_pipeline(x: object) -> bool:
+    """Without importing pipelines: they take seconds, and a pipeline has imported them itself."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    return module is not None and isinstance(x, module.DiffusionPipeline)
 
 
 class Accelerated:

@@ -179,19 +179,28 @@ class SolverPlan:
         identity = np.eye(states, self.A.shape[2])[states - given :]
         if (self.A[:, states - given :] != identity).any():
             raise ValueError("inputs must be kept as they are by every row of A")
-        known = np.zeros(states, dtype=bool)
-        known[0] = known[states - given :] = True
-        for i in range(self.rows):
-            kept = np.array([_is_unit(row, k) for k, row in enumerate(self.A[i])])
-            rows = [*self.A[i][known | ~kept], self.x_start[i]]
-            if self.P is not None:
-                rows.append(self.P[i])
-            unknown = np.any([row[:states] != 0 for row in rows], axis=0) & ~known
-            if unknown.any():
-                raise ValueError(
-                    f"A reads state {int(np.argmax(unknown))} at row {i}, before any row wrote it"
-                )
-            known = self.A[i].any(axis=1) & (known | ~kept)
+        # States as bits: what every row of A reads, which are there, which stay as they are.
+        bits = 1 << np.arange(states)
+        reads = ((self.A[:, :, :states] != 0) @ bits).tolist()
+        others = self.x_start[:, :states] != 0
+        if self.P is not None:
+            others |= self.P[:, :states] != 0
+        alive = (self.A.any(axis=2) @ bits).tolist()
+        alone = np.count_nonzero(self.A, axis=2) == 1
+        stays = (alone & (np.einsum("ikk->ik", self.A[:, :, :states]) == 1)) @ bits
+        known = int(bits[0]) | int(bits[states - given :].sum())
+        for i, (rows, read, stay) in enumerate(
+            zip(reads, (others @ bits).tolist(), stays.tolist(), strict=True)
+        ):
+            computed = known | ~stay
+            for k, row in enumerate(rows):
+                if computed >> k & 1:
+                    read |= row
+            unknown = read & ~known
+            if unknown:
+                first = (unknown & -unknown).bit_length() - 1
+                raise ValueError(f"A reads state {first} at row {i}, before any row wrote it")
+            known = alive[i] & computed
 
     def _check_correctors(self) -> None:
         if self.snr is None:
@@ -394,7 +403,3 @@ _SCALARS = (
     "first_c_in", "initial_scale", "first_churn", "first_drawn", "inputs", "thresholding",
     "draw_dtype",
 )  # fmt: skip
-
-
-def _is_unit(row: FloatArray, k: int) -> bool:
-    return bool(row[k] == 1) and np.count_nonzero(row) == 1

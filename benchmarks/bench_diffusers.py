@@ -144,6 +144,7 @@ def trace_cost(case: tuple[str, dict[str, Any], dict[str, Any]]) -> tuple[float,
     return min(spent), ratios[len(ratios) // 2]
 
 
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:diffusers\.")  # NumPy's, of its own code
 @pytest.mark.parametrize("case", CASES[:5], ids=name_of)
 def test_speed(benchmark: Callable, case: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
     """The accelerated step, after the check; ratios are the table's business."""

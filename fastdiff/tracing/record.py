@@ -101,13 +101,11 @@ class Recorder:
         draw_dtype: str = "sample",
         shape: Iterable[int] = (1, 3, 5, 7),
         learned_variance: bool = False,
-        output_dtype: torch.dtype = torch.float64,
     ) -> None:
         self.name, self.about = name, dict(about or {})
         self.open_loop, self.draw_dtype = open_loop, draw_dtype
         self.shape = torch.Size(shape)
         self.learned_variance = learned_variance
-        self.output_dtype = output_dtype
         self.rows: list[Row] = []
         self.names: list[str] = []
         self.sizes: list[float] = []  # natural sizes of the variables
@@ -175,7 +173,7 @@ class Recorder:
         shape = self.shape
         if self.learned_variance:
             shape = torch.Size((shape[0], 2 * shape[1], *shape[2:]))
-        return x, LinearForm(self, {output: 1.0}, self.output_dtype, shape)
+        return x, LinearForm(self, {output: 1.0}, shape=shape)
 
     def noise(self) -> LinearForm:
         """A standard normal draw of the last call."""

@@ -17,7 +17,7 @@ from fastdiff.tracing.intercept import intercepted
 from fastdiff.tracing.linear_form import LinearForm, NotAffineError, number
 from fastdiff.tracing.record import Recorder
 
-__all__ = ["TraceNotes", "trace", "trace_function", "trace_scheduler"]
+__all__ = ["TraceNotes", "forms_in", "trace", "trace_function", "trace_scheduler"]
 
 
 def trace(
@@ -159,12 +159,12 @@ def trace_scheduler(
         for t in timesteps:
             x, output = recorder.call(x, t=float(t))
             if hasattr(scheduler, "scale_model_input"):
-                recorder.scaled_input(x, _scale(recorder, scheduler.scale_model_input(x, t)))
+                recorder.scaled_input(x, _scale(x, scheduler.scale_model_input(x, t)))
             results: tuple[Any, ...] = scheduler.step(output, t, x, **options)
             x = results[0]
             if len(results) > 1 and isinstance(results[1], LinearForm):
                 recorder.preview(results[1])
-            recorder.hint(_held(scheduler))
+            recorder.hint(forms_in(vars(scheduler).values()))
             if notes is not None:
                 notes.attributes.append(_snapshot(scheduler))
     plan = recorder.finish(x)
@@ -240,12 +240,12 @@ def _in_float64(scheduler: Any) -> None:
             vars(scheduler)[name] = value.astype(np.float64)
 
 
-def _scale(recorder: Recorder, scaled: Any) -> float:
+def _scale(x: LinearForm, scaled: Any) -> float:
     """c_in from what scale_model_input made of the sample."""
-    (x,) = recorder._form(recorder.rows[-1].first).terms
-    if not isinstance(scaled, LinearForm) or set(scaled.terms) != {x}:
+    (key,) = x.terms
+    if not isinstance(scaled, LinearForm) or set(scaled.terms) != {key}:
         raise NotAffineError("scale_model_input", "does not scale the sample")
-    return scaled.terms[x]
+    return scaled.terms[key]
 
 
 def _snapshot(scheduler: Any) -> dict[str, Any]:
@@ -260,11 +260,11 @@ def _snapshot(scheduler: Any) -> dict[str, Any]:
     return found
 
 
-def _held(scheduler: Any) -> list[LinearForm]:
-    """Forms that a scheduler keeps in its attributes, itself or in lists."""
-    found = []
-    for value in vars(scheduler).values():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, LinearForm):
-                found.append(item)
-    return found
+def forms_in(values: Iterable[Any]) -> list[LinearForm]:
+    """The forms among a scheduler's attributes, by themselves or in lists."""
+    return [
+        item
+        for value in values
+        for item in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(item, LinearForm)
+    ]

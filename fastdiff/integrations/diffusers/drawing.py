@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.traced import Origin, Traced
+from fastdiff.integrations.diffusers.traced import Origin
+from fastdiff.plan import SolverPlan
 
 __all__ = ["brownian_tree", "draws_of", "handed"]
 
+_NONE: Mapping[tuple[int, int], tuple[float, float]] = {}
+
 
 def draws_of(
-    traced: Traced,
+    plan: SolverPlan,
     row: int,
     sample: Tensor,
     generator: Any,
-    given: Tensor | None,
     dtype: torch.dtype | None,
-    tree: Any,
+    given: Tensor | None = None,
+    queries: Mapping[tuple[int, int], tuple[float, float]] = _NONE,
+    tree: Any = None,
 ) -> list[Tensor]:
     """The draws of a row.
 
     Args:
-        given: the caller's variance_noise.
         dtype: of what upstream draws.
-        tree: the scheduler's Brownian tree, if it has one.
+        given: the caller's variance_noise.
+        queries: what the scheduler's Brownian tree is asked for, by (row, draw).
+        tree: that tree, if the scheduler has one.
     """
-    assert traced.plan is not None
     draws = []
-    for k, consumed in enumerate(traced.plan.consumes[row]):
+    for k, consumed in enumerate(plan.consumes[row]):
         if not consumed:
             draws.append(sample)  # not read
-        elif (row, k) in traced.notes.queries:
-            draws.append(tree(*traced.notes.queries[row, k]).to(sample.device))
+        elif (row, k) in queries:
+            draws.append(tree(*queries[row, k]).to(sample.device))
         elif given is not None:
             if generator is not None:
                 raise ValueError("generator and variance_noise exclude each other")

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.drawing import handed
+from fastdiff.integrations.diffusers.drawing import draws_of, handed
 from fastdiff.integrations.diffusers.identity import Cache, digest
 from fastdiff.integrations.diffusers.model_input import output_of
 from fastdiff.integrations.diffusers.observe import Draws
@@ -110,14 +109,7 @@ class SingleSteps:
         run, made, dtypes, draw_dtype = self._runs[kind]
         draws = []
         if not self.noise:
-            for consumed in plan.consumes[0]:
-                draws.append(
-                    randn_tensor(
-                        sample.shape, generator=arguments.get("generator"), device=sample.device,
-                        dtype=draw_dtype,
-                    )
-                    if consumed else sample
-                )  # fmt: skip
+            draws = draws_of(plan, 0, sample, arguments.get("generator"), draw_dtype)
         run.index = 0
         states = [sample, *(images[name] for name in plan.inputs)]
         result = run.advance(output, states, draws, bool(self.noise), dtypes[0], dtypes[-1])

@@ -107,9 +107,10 @@ class Stepper:
         row, dtypes, attributes = run.index, observed.result_dtypes, vars(self.scheduler)
         draws: list[Tensor] = []
         if self._drawing and not self._seeded:
+            assert traced.plan is not None
             draws = drawing.draws_of(
-                traced, row, sample, generator, given, observed.draw_dtype,
-                attributes.get("noise_sampler"),
+                traced.plan, row, sample, generator, observed.draw_dtype, given,
+                traced.notes.queries, attributes.get("noise_sampler"),
             )  # fmt: skip
         if self._knows_last:
             result = self._remembered_step(run, output, sample, draws, dtypes)

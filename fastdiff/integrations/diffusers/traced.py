@@ -14,8 +14,7 @@ from fastdiff.integrations.diffusers.observe import Observed, observe
 from fastdiff.integrations.diffusers.options import Options
 from fastdiff.integrations.diffusers.shadow import copied
 from fastdiff.plan import SolverPlan
-from fastdiff.tracing.linear_form import LinearForm
-from fastdiff.tracing.trace import TraceNotes, trace_scheduler
+from fastdiff.tracing.trace import TraceNotes, forms_in, trace_scheduler
 
 __all__ = ["Origin", "Traced"]
 
@@ -146,8 +145,8 @@ class Origin:
             return Traced(None, f"its second result {plan.about['preview']}")
         assert plan.c_in is not None
         scales = (plan.first_c_in, *plan.c_in[:-1].tolist())
-        numbers = [{k: v for k, v in row.items() if not _images(v)} for row in notes.attributes]
-        images = {k for row in notes.attributes for k, v in row.items() if _images(v)}
+        numbers = [{k: v for k, v in row.items() if not forms_in([v])} for row in notes.attributes]
+        images = {k for row in notes.attributes for k, v in row.items() if forms_in([v])}
         changing = {
             k for row in numbers for k, v in row.items()
             if k != "_begin_index" and (k in images or self.attributes.get(k, self) is not v)
@@ -171,13 +170,6 @@ class Origin:
         return [torch.tensor(self.foreign[-1 - position]).to(timesteps.dtype)]
 
 
-def _images(value: Any) -> bool:
-    """Whether an attribute holds images, alone or in a list."""
-    return isinstance(value, LinearForm) or (
-        isinstance(value, list) and any(isinstance(item, LinearForm) for item in value)
-    )
-
-
 def _condensed(notes: TraceNotes, plan: SolverPlan) -> bool:
     """Whether some row takes most of the new sample from history that is a sum which upstream does
     not keep, as the second half of Heun's step does: x' = (x + h/2 d) + h/2 d'.
@@ -197,11 +189,7 @@ def _condensed(notes: TraceNotes, plan: SolverPlan) -> bool:
             of_samples = sum(abs(v) for key, v in terms.items() if key in samples)
             if abs(plan.A[i + 1, 0, k]) * of_samples < 0.5:
                 continue
-            kept = [
-                item.terms for value in attributes.values()
-                for item in (value if isinstance(value, list) else [value])
-                if isinstance(item, LinearForm)
-            ]  # fmt: skip
+            kept = [form.terms for form in forms_in(attributes.values())]
             if not any(_multiples(terms, other) for other in kept):
                 return True
     return False

@@ -159,8 +159,8 @@ class Case:
         if self.name == "chain":
             table = upload(np.array([[0.99, 0.1]] * CHAIN_STEPS), torch.float32)
             slots = torch.arange(CHAIN_STEPS, device=device)
-            out = tensor(CHAIN_STEPS, *shape)
-            return (tensor(*shape), None, table, slots, None, seed, 0, self.fast, out)
+            chain = tensor(CHAIN_STEPS, *shape)
+            return (tensor(*shape), None, table, slots, None, seed, 0, self.fast, chain)
         if self.name in _FORWARD:
             states, outputs, draws, kind = _FORWARD[self.name]
             spec = StepSpec(states, outputs, None, draws, self.dtype, fast=self.fast)

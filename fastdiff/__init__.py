@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 from fastdiff import backends, integrations, noise, ops, schedules, solvers, tracing
 from fastdiff.backends import BackendError, use_backend
+from fastdiff.capture import CapturedLoop
 from fastdiff.engine import Sampler, StepState, sample
 from fastdiff.ops.draw import randn
 from fastdiff.ops.forward import (
@@ -27,6 +28,7 @@ from fastdiff.tracing import NotAffineError, trace
 
 __all__ = [
     "BackendError",
+    "CapturedLoop",
     "NoiseSchedule",
     "NotAffineError",
     "Run",

@@ -3,6 +3,7 @@
 plan     what to compute (immutable, shared between threads)        fastdiff/plan.py
 Run      one run's state, stepped by the caller or by the loop      fastdiff/run.py
 Sampler  the loop around a model
+capture  that loop as one CUDA graph                                fastdiff/capture.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import select
+from fastdiff.capture import CapturedLoop
 from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops.call import compute_dtype, drawn_from
 from fastdiff.ops.checks import check_floating, check_sample, check_shape
@@ -168,6 +170,12 @@ class Sampler:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Samples: the loop around the model, without gradients.
 
+        On a GPU nothing in the loop waits for the device, and none of the steps copies to it. A
+        caller's own torch.cuda.graph can hold the whole call once the same call has run before it
+        (the plan's tables are then there, kernels compiled), with a number or a tensor on the
+        device for seed and guidance_scale; its replays repeat these values. capture() makes a
+        graph that takes new ones.
+
         Args:
             model: any callable (x, t) -> output, x (B, ...) or (2B, ...) with guidance, t (B,) or
                 (2B,): int64 timesteps, float32 when some are not whole.
@@ -203,6 +211,35 @@ class Sampler:
                     assert run.x_start is not None
                     callback(StepState(i, self.plan.rows, t[: x.shape[0]], x, run.x_start))
             return (run.x, torch.stack(trajectory)) if return_trajectory else run.x
+
+    def capture(self, model: Model, shape: Sequence[int], **options: Any) -> CapturedLoop:
+        """The whole loop (model calls and steps) as one CUDA graph, to be replayed.
+
+            loop = Sampler(plan).capture(model, (16, 4, 64, 64), device="cuda", guidance_scale=7.5)
+            x = loop(seed=0)
+            y = loop(seed=1, guidance_scale=3.0, plan=another)
+
+        A replay takes a new seed, sample_offset, guidance scale, x_T and plan of the same
+        structure; its result is that of sample() with these arguments, bit for bit. The model runs
+        three times through the plan first, two of them to warm up; it must do the same work at
+        every call, in memory that it keeps. On a CPU, or with graph=False, the loop runs eagerly.
+
+        Args:
+            model: as in __call__; torch.compile may have made it, but not with CUDA graphs.
+            shape: (B, ...).
+            device, dtype, guidance_scale, model_dtype, noise_dtype, outputs_are_fresh, fast: as
+                in start(). The loop is guided if guidance_scale is given here, which is then its
+                default; a (B,) tensor makes room for a scale per sample.
+            graph: False does not capture; True insists; None captures on CUDA devices.
+
+        Raises:
+            ValueError, TypeError: as start() does; for a plan with inputs.
+            RuntimeError: the model cannot be captured.
+        """
+        for name in ("generator", "noise"):
+            if name in options:
+                raise TypeError(f"{name} cannot be captured: give a seed when the loop is called")
+        return CapturedLoop(self.plan, model, shape, backend=self.backend, **options)
 
 
 def _same_device(wanted: torch.device, actual: torch.device) -> bool:

@@ -7,7 +7,7 @@ writes only; a state that stays, or takes over the memory of another, costs noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +22,15 @@ from fastdiff.ops.step import StepSpec
 if TYPE_CHECKING:
     from fastdiff.plan import SolverPlan
 
-__all__ = ["DeviceProgram", "Mode", "Program", "RowCall", "Variant", "uniform"]
+__all__ = [
+    "START_CHURN", "START_GIVEN", "START_NOISE", "DeviceProgram", "Mode", "Program", "RowCall",
+    "Variant", "check_not_capturing", "has_whole_t", "scales_input", "start_spec", "uniform",
+]  # fmt: skip
 
 FloatArray = NDArray[np.float64]
 NEW = -1  # RowCall.memory: a buffer that no state holds
+# Rows of DeviceProgram.start: the sample is noise, is as given, takes the noise of the first churn.
+START_NOISE, START_GIVEN, START_CHURN = range(3)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,14 @@ class RowCall:
 
 
 class Program:
-    """The calls of all rows of a plan in one mode."""
+    """The calls of all rows of a plan in one mode.
+
+    Attributes:
+        calls: one per row.
+        variants: the structures that the calls share.
+        spare: states that have memory from the start, though nothing is in it: a run in place
+            that keeps no outputs allocates nothing in its steps.
+    """
 
     def __init__(self, plan: SolverPlan, mode: Mode) -> None:
         self.plan = plan
@@ -138,7 +150,9 @@ class Program:
         keeps_sample = not mode.in_place or not mode.own_sample
         if keeps_sample:
             foreign.add(0)
-        held = {0} | foreign  # states that have memory
+        spares = mode.in_place and mode.own_sample and not mode.fresh_outputs
+        self.spare = tuple(range(1, plan.states - len(plan.inputs))) if spares else ()
+        held = {0, *self.spare} | foreign  # states that have memory
         for i in range(plan.rows):
             moves, kept, writes = self._sort_states(i)
             used = [_mask(plan.A[i, k]) for k in writes]
@@ -229,15 +243,21 @@ class DeviceProgram:
     """A program's tensors on one device.
 
     Attributes:
-        tables: per variant, (R, width) float32 or float64; one upload.
+        values: 1-D, float32 or float64; what the tables are views of. One upload.
+        tables: per variant, (R, width).
         clamped_tables: per variant, the table of Variant.clamped_spec, for thresholding plans.
+        start: (3, width), what happens before the first call, in the structure of start_spec().
+        snr: (R,) of plans with Langevin correctors.
         rows: R views of one int64 tensor, the row index of every call as (1,).
         draws: int64 (R, D, 2).
-        t: (R,) int64 when every t is whole, else the table's dtype.
+        t: (R,) int64 when every t is whole, else the tables' dtype.
     """
 
+    values: Tensor
     tables: tuple[Tensor, ...]
     clamped_tables: tuple[Tensor | None, ...]
+    start: Tensor
+    snr: Tensor | None
     rows: tuple[Tensor, ...]
     draws: Tensor
     t: Tensor
@@ -245,27 +265,83 @@ class DeviceProgram:
     @classmethod
     def upload(cls, program: Program, device: torch.device, dtype: torch.dtype) -> DeviceProgram:
         plan = program.plan
-        arrays = [variant.table(plan) for variant in program.variants]
+        check_not_capturing("the plan's tables are not there yet: run the loop once before", device)
+        arrays = [_start_table(plan), *(variant.table(plan) for variant in program.variants)]
         thresholding = [
             index for index, variant in enumerate(program.variants)
             if plan.thresholding is not None and variant.clamp is not None
         ]  # fmt: skip
         arrays += [program.variants[index].clamped_table(plan) for index in thresholding]
-        tables = _together(arrays, device, dtype)
+        if plan.snr is not None:
+            arrays.append(plan.snr)
+        values, (start, *tables) = _together(arrays, device, dtype)
         extra = iter(tables[len(program.variants) :])
-        whole = bool((plan.t == np.floor(plan.t)).all())
         return cls(
+            values=values,
             tables=tuple(tables[: len(program.variants)]),
             clamped_tables=tuple(
                 next(extra) if index in thresholding else None
                 for index in range(len(program.variants))
             ),
+            start=start,
+            snr=None if plan.snr is None else tables[-1],
             rows=index_views(plan.rows, device).split([1, 1] * plan.rows)[::2],
             draws=torch.from_numpy(np.array(plan.draws)).to(device),
             t=torch.from_numpy(np.array(plan.t)).to(
-                device=device, dtype=torch.int64 if whole else dtype
+                device=device, dtype=torch.int64 if has_whole_t(plan) else dtype
             ),
         )
+
+    def copy(self) -> DeviceProgram:
+        """The same values in memory of their own, for take()."""
+        values = self.values.clone()
+
+        def moved(view: Tensor) -> Tensor:
+            return values.as_strided(view.shape, view.stride(), view.storage_offset())
+
+        return replace(
+            self, values=values, tables=tuple(map(moved, self.tables)), start=moved(self.start),
+            clamped_tables=tuple(t if t is None else moved(t) for t in self.clamped_tables),
+            snr=None if self.snr is None else moved(self.snr),
+            draws=self.draws.clone(), t=self.t.clone(),
+        )  # fmt: skip
+
+    def take(self, other: DeviceProgram) -> None:
+        """Overwrites the values with those of a plan for which mismatch() is None."""
+        self.values.copy_(other.values)
+        self.draws.copy_(other.draws)
+        self.t.copy_(other.t)
+
+
+def check_not_capturing(why: str, device: torch.device) -> None:
+    """Refuses a copy from the host while a CUDA graph is captured: it would break the capture."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"nothing can be copied to {device} while a CUDA graph is captured; {why}"
+        )
+
+
+def has_whole_t(plan: SolverPlan) -> bool:
+    """Whether the model's t are integers."""
+    return bool((plan.t == np.floor(plan.t)).all())
+
+
+def scales_input(plan: SolverPlan) -> bool:
+    """Whether the model sees another multiple of the sample than 1."""
+    return plan.first_c_in != 1.0 or bool(plan.c_in is not None and (plan.c_in != 1.0).any())
+
+
+def start_spec(noise_dtype: torch.dtype, fast: bool) -> StepSpec:
+    """The structure of DeviceProgram.start: of the sample S0 and one draw."""
+    return StepSpec(1, (0b1001,), draws=1, noise_dtype=noise_dtype, fast=fast)
+
+
+def _start_table(plan: SolverPlan) -> FloatArray:
+    rows = np.zeros((3, 4))  # columns S0, o, c, z
+    rows[START_NOISE, 3] = plan.initial_scale
+    rows[START_GIVEN, 0] = 1.0
+    rows[START_CHURN, [0, 3]] = 1.0, plan.first_churn
+    return pack_table(3, [rows], header={"c_in": plan.first_c_in})
 
 
 def uniform(plan: SolverPlan, preview: bool) -> Variant:
@@ -280,8 +356,10 @@ def uniform(plan: SolverPlan, preview: bool) -> Variant:
     return Variant(states, states, preview, masks, clamp)
 
 
-def _together(arrays: list[FloatArray], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Tables as views of one uploaded buffer, each on a 16-byte boundary."""
+def _together(
+    arrays: list[FloatArray], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """One uploaded buffer, and arrays as views of it, each on a 16-byte boundary."""
     sizes = [-(-array.size // 4) * 4 for array in arrays]
     flat = np.zeros(sum(sizes))
     views, begin = [], 0
@@ -291,7 +369,7 @@ def _together(arrays: list[FloatArray], device: torch.device, dtype: torch.dtype
     uploaded = torch.from_numpy(flat).to(device=device, dtype=dtype)
     for array, part in zip(arrays, uploaded.split(sizes), strict=True):
         views.append(part[: array.size].view(array.shape))
-    return views
+    return uploaded, views
 
 
 _VARIANCE = ("half_log_variance_min", "half_log_variance_max")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,18 +15,24 @@ from fastdiff.ops.call import (
     compute_dtype,
     differentiated,
     drawn_from,
-    pack_table,
     written,
 )
 from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
 from fastdiff.ops.corrector import corrector_table, seeded_draws
 from fastdiff.ops.quantile import threshold_of
-from fastdiff.ops.step import HEADER, StepSpec
+from fastdiff.ops.step import HEADER
 from fastdiff.plan import SolverPlan
-from fastdiff.program import Mode, RowCall
+from fastdiff.program import (
+    START_CHURN,
+    Mode,
+    RowCall,
+    check_not_capturing,
+    scales_input,
+    start_spec,
+)
 from fastdiff.schedules._values import as_float
 
-__all__ = ["NoiseSource", "Run"]
+__all__ = ["NoiseSource", "Run", "drawn_dtype", "guidance_tensor"]
 
 NoiseSource = Callable[[int, int], Tensor]
 States = list[Any]  # tensors, None where a state is not held
@@ -44,7 +49,7 @@ class Run:
         x: the sample S0, (B, ...), in the run's dtype. Assign to it to change what the model sees
             next; the run keeps a copy.
         history: the memory of the states beside x, in the plan's order; None where there is none
-            yet. What no later row reads (print(plan)) is spare.
+            (yet). What no later row reads (print(plan)), or no row has written yet, is spare.
         t: the model's t for the coming call: (B,), or (2B,) with guidance.
         model_input: what the model takes at the coming call: c_in * x in the model's dtype, twice
             along the batch with guidance (unconditional half first). Memory of the run, which the
@@ -100,11 +105,12 @@ class Run:
         if plan.learned and x.dim() < 2:
             raise ValueError("x must be (B, C, ...): a learned variance doubles the channels")
         self._take_noise(x, seed, sample_offset, generator, noise, noise_dtype)
-        self._guidance = _check_guidance(guidance_scale, batch, device)
+        self._guidance = guidance_tensor(guidance_scale, batch, device)
 
         self._operation = operation("step", device, compute, backend)
         copies = 1 if self._guidance is None else 2
         mode = Mode(preview, in_place, not borrow, outputs_are_fresh and copies == 1)
+        self._mode = mode
         program = plan.program(mode)
         self._calls = program.calls
         self._specs = [v.spec(plan, self._noise_dtype, fast) for v in program.variants]
@@ -120,13 +126,14 @@ class Run:
         if plan.learned:
             self._output_shape = (copies * batch, 2 * x.shape[1], *x.shape[2:])
         self._states: States = [x, *[None] * (plan.states - 1)]
+        for k in program.spare:
+            self._states[k] = torch.empty_like(x)
         if plan.first_churn:
-            self._churn(plan.first_churn, fast)
+            self._churn(fast)
         elif plan.first_drawn and generator is not None:
             drawn_from(generator, x.shape, self._noise_dtype, x.device)
-        trivial = plan.first_c_in == 1.0 and (plan.c_in is None or bool((plan.c_in == 1.0).all()))
         self._input: Tensor | None = None
-        if not (trivial and copies == 1 and model_dtype == x.dtype):
+        if scales_input(plan) or copies == 2 or model_dtype != x.dtype:
             self._input = self._scaled_input(model_dtype, copies)
 
     def _scaled_input(self, dtype: torch.dtype, copies: int) -> Tensor:
@@ -160,15 +167,16 @@ class Run:
         self._keys: Tensor | None = None
         if seed is not None or not given:
             batch, device = x.shape[0], x.device
+            if isinstance(seed, Tensor) and seed.device != device:
+                check_not_capturing("give seed as an int or a tensor there", device)
             resolved = resolve_seed(0 if seed is None else seed, sample_offset, batch, device)
             self._keys = sample_keys(*resolved, batch, device)
         self._generator, self._noise = generator, noise
-        wide = noise_dtype is None and self.plan.draw_dtype == "float32"
-        self._noise_dtype = torch.float32 if wide else noise_dtype or x.dtype
+        self._noise_dtype = drawn_dtype(self.plan, noise_dtype, x.dtype)
         self._as_output = noise_dtype is None and self.plan.draw_dtype == "model_output"
 
-    def _churn(self, scale: float, fast: bool) -> None:
-        """x + scale z, the noise that the first call of a churned sampler starts from."""
+    def _churn(self, fast: bool) -> None:
+        """x + first_churn z, what the first call of a churned sampler starts from."""
         x = self.x
         noise = []
         if self._generator is not None:
@@ -176,11 +184,10 @@ class Run:
         elif self._noise is not None:
             noise = [self._noise(-1, 0)]
             check_like("noise(-1, 0)", noise[0], "x", x)
-        table = torch.from_numpy(pack_table(1, [np.array([[1.0, 0.0, 0.0, scale]])]))
         self._states[:1] = call_step(
-            [x], StepSpec(1, (0b1001,), draws=1, noise_dtype=self._noise_dtype, fast=fast),
-            table.to(x.device, compute_dtype(x.dtype)), self._tables.rows[0], noise=noise,
-            keys=self._keys, counter=(0, 0, 0, STREAM_STEP_SECOND), backend=self._backend,
+            [x], start_spec(self._noise_dtype, fast), self._tables.start[START_CHURN:],
+            self._tables.rows[0], noise=noise, keys=self._keys,
+            counter=(0, 0, 0, STREAM_STEP_SECOND), backend=self._backend,
         )  # fmt: skip
 
     @property
@@ -293,7 +300,10 @@ class Run:
             if keys is not None:
                 draws = seeded_draws(self.plan, i, keys, old[0], spec, self._backend)
                 keys = None
-            table = corrector_table(self.plan, i, table, spec, halves, draws, guidance)
+            assert tables.snr is not None
+            table = corrector_table(
+                self.plan, i, tables.snr[i], table, spec, halves, draws, guidance
+            )
             at, row = 0, tables.rows[0]
         threshold = None
         if call.clamped and self.plan.thresholding is not None:
@@ -468,23 +478,35 @@ class Run:
 _NO_COUNTER = [0, 0, 0, 0]
 
 
-def _check_guidance(
+def drawn_dtype(
+    plan: SolverPlan, noise_dtype: torch.dtype | None, dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype that draws of a run in `dtype` are rounded to."""
+    if noise_dtype is None and plan.draw_dtype == "float32":
+        return torch.float32
+    return noise_dtype or dtype
+
+
+def guidance_tensor(
     guidance_scale: float | Tensor | None, batch: int, device: torch.device
 ) -> Tensor | None:
-    """float32 (1,) or (B,) of the run's own, on the device."""
+    """float32 (1,) or (B,) of the run's own, on the device; a number is not copied there."""
     if guidance_scale is None:
         return None
-    if isinstance(guidance_scale, Tensor):
-        if guidance_scale.is_complex() or guidance_scale.dtype == torch.bool:
-            raise TypeError(f"guidance_scale must hold real numbers, not {guidance_scale.dtype}")
-        scale = guidance_scale.to(torch.float32).reshape(-1)
-    else:
-        scale = torch.tensor([as_float("guidance_scale", guidance_scale)], device="cpu")
-        scale = scale.to(torch.float32)
+    if not isinstance(guidance_scale, Tensor):
+        number = as_float("guidance_scale", guidance_scale)
+        if not abs(number) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"guidance_scale must be finite in float32, not {guidance_scale}")
+        return torch.full((1,), number, dtype=torch.float32, device=device)
+    if guidance_scale.is_complex() or guidance_scale.dtype == torch.bool:
+        raise TypeError(f"guidance_scale must hold real numbers, not {guidance_scale.dtype}")
+    scale = guidance_scale.to(torch.float32).reshape(-1)
     if scale.numel() not in (1, batch):
         raise ValueError(
             f"guidance_scale must be a number or have shape ({batch},), not {tuple(scale.shape)}"
         )
     if scale.device.type == "cpu" and not bool(torch.isfinite(scale).all()):
         raise ValueError(f"guidance_scale must be finite, not {guidance_scale}")
+    if scale.device != device:
+        check_not_capturing("give guidance_scale as a number or a tensor there", device)
     return scale.to(device).clone(memory_format=torch.contiguous_format)

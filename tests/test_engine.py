@@ -374,6 +374,8 @@ def test_progress_is_shown_on_stderr(capsys):
         (dict(shape=(2, 3), seed=0, noise_dtype=torch.int32), TypeError, "noise_dtype"),
         (dict(shape=(2, 3), seed=0, guidance_scale=torch.ones(3)), ValueError, "guidance_scale"),
         (dict(shape=(2, 3), seed=0, guidance_scale=float("nan")), ValueError, "guidance_scale"),
+        (dict(shape=(2, 3), seed=0, guidance_scale=1e39), ValueError, "finite in float32"),
+        (dict(shape=(2, 3), seed=0, guidance_scale=torch.tensor(torch.inf)), ValueError, "finite"),
         (dict(shape=(2, 3), seed=0, preview=True), TypeError, "preview"),
         (dict(shape=(2, 3), seed=0, guidance_scale="7"), TypeError, "guidance_scale"),
         (dict(shape=(2, 3), seed=0, guidance_scale=torch.tensor([1j])), TypeError,

@@ -53,6 +53,7 @@ def seeded_draws(
 def corrector_table(
     plan: SolverPlan,
     row: int,
+    snr: Tensor,
     table: Tensor,
     spec: StepSpec,
     model_outputs: Sequence[Tensor],
@@ -63,8 +64,10 @@ def corrector_table(
 
     The coefficient q of o in the new sample is multiplied by eps, with g = q o (o after guidance),
     the coefficient of z by sqrt(2 eps). A score of zero norm gives NaN.
+
+    Args:
+        snr: () the signal-to-noise ratio r of the row, on the device in the table's dtype.
     """
-    assert plan.snr is not None
     k = int(np.flatnonzero(plan.A[row, 0, plan.states + 2 :])[0])
     sample = len(HEADER) + spec.columns - 1  # where the row of the new sample begins
     with torch.no_grad():
@@ -76,7 +79,7 @@ def corrector_table(
         coefficient = result[0, sample + spec.states]
         g_norm = torch.linalg.vector_norm(o, dim=1).mean() * coefficient.abs()
         z_norm = torch.linalg.vector_norm(_flat(draws[k], table), dim=1).mean()
-        root = float(plan.snr[row]) * z_norm / g_norm
+        root = snr * z_norm / g_norm
         step_size = 2.0 * root * root
         result[0, sample + spec.states] = step_size * coefficient
         result[0, sample + spec.states + 2 + k] *= 2.0 * root  # sqrt(2 eps)

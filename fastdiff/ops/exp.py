@@ -38,7 +38,7 @@ def exp(x: Tensor) -> Tensor:
     lowest, highest, log2e, ln2_high, ln2_low, shift, integer, mantissa, bias, degree = _FORMATS[
         x.dtype
     ]
-    x = torch.where(x < lowest, lowest, torch.where(x > highest, highest, x))
+    x = x.clamp(lowest, highest)
     shifted = (x * log2e + shift).detach()
     k = shifted - shift
     r = x + k * -ln2_high

@@ -34,5 +34,5 @@ def threshold_of(value: Tensor, ratio: float, largest: float) -> Tensor:
     low, high = top[:, -1], top[:, -2 if below + 1 < n else -1]
     q = torch.where(low == high, low, low + (rank - below) * (high - low))  # inf - inf is NaN
     q = low if rank == below else q
-    q = torch.where(top[:, 0].isnan(), torch.nan, q)
+    q = q.masked_fill(top[:, 0].isnan(), torch.nan)
     return q.clamp(1.0, largest).to(torch.float32)

@@ -116,8 +116,9 @@ def step_values(
     columns = n_states + 2 + n_draws
 
     inside = (rows >= 0) & (rows < table.shape[0])
-    index = torch.where(inside, rows, 0)
-    coefficient = torch.where(inside[:, None], table[index], torch.nan)
+    # masked_fill, not torch.where, which would copy its number to the device and wait.
+    index = rows.masked_fill(~inside, 0)
+    coefficient = table[index].masked_fill(~inside[:, None], torch.nan)
 
     def flat(value: Tensor) -> Tensor:
         return value.reshape(batch, -1).to(compute)
@@ -216,7 +217,7 @@ def step(
     )  # fmt: skip
     if model_input is not None:
         inside = (rows >= 0) & (rows < table.shape[0])
-        c_in = torch.where(inside, table[torch.where(inside, rows, 0), 2], torch.nan)
+        c_in = table[rows.masked_fill(~inside, 0), 2].masked_fill(~inside, torch.nan)
         stored = values[0].reshape(values[0].shape[0], -1).to(table.dtype)
         scaled = (c_in[:, None] * stored).to(model_input.dtype)
         copies = model_input.numel() // max(values[0].numel(), 1)

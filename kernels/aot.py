@@ -128,7 +128,7 @@ def compile_for(launch: Launch, gpu: GPUTarget, aligned: bool = True) -> Any:
             constants[(index,)] = value
             continue
         signature[name] = _signature(value, kernel.params[index].annotation_type)
-        if not aligned:
+        if not aligned or kernel.params[index].do_not_specialize_on_alignment:
             continue
         elements = enumerate(value) if isinstance(value, tuple) else [((), value)]
         for path, element in elements:

@@ -55,19 +55,23 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def box_muller(a, b, FAST: tl.constexpr):
     """Two words to two normals; FAST has the hardware's log2, sqrt, sin and cos (NVIDIA only)."""
-    u = (a >> 1).to(tl.int32).to(tl.float32) * 2.0**-31 + 2.0**-32
-    y = (b << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-31
+    half = (a >> 1).to(tl.int32).to(tl.float32)  # 2^31 u - 1/2
+    quarter = (b << 2).to(tl.int32, bitcast=True).to(tl.float32)  # 2^31 y
     if FAST:
+        u = tl.fma(half, 2.0**-31, 2.0**-32)
+        phi = quarter * (QUARTER_PI * 2.0**-31)
         # abs: an error of log2 beside u = 1 must not give the square root of a negative number.
         square = tl.abs(libdevice.fast_log2f(u) * MINUS_2_LN2)
         r = tl.sqrt(square)  # allow-trap: approximate by request
-        s = libdevice.fast_sinf(y * QUARTER_PI)
-        c = libdevice.fast_cosf(y * QUARTER_PI)
+        s = libdevice.fast_sinf(phi)
+        c = libdevice.fast_cosf(phi)
     else:
-        ix = u.to(tl.int32, bitcast=True) - 0x3F2AAAAB
+        # u's bits are those of 2^31 u but for the exponent.
+        ix = (half + 0.5).to(tl.int32, bitcast=True) - (0x3F2AAAAB + (31 << 23))
         e = (ix >> 23).to(tl.float32)
         t = ((ix & 0x7FFFFF) + 0x3F2AAAAB).to(tl.float32, bitcast=True) - 1.0
         r = tl.sqrt_rn(e * MINUS_2_LN2 + horner(LOG, 7, t) * t)
+        y = quarter * 2.0**-31
         y2 = y * y
         s = horner(SIN, 3, y2) * y
         c = horner(COS, 3, y2)
@@ -118,11 +122,30 @@ def normal_tile(
 
 
 @triton.jit
-def sample_key(keys, seed, sample_offset, b):
+def low_word(pointer, index: tl.constexpr):
+    """The low half of an int64 in memory; a counter takes no more of it.
+
+    Words of their own, not halves of 64-bit values, else the compiler computes with 64 bits.
+    """
+    return tl.load(pointer.to(tl.pointer_type(tl.uint32), bitcast=True) + 2 * index)
+
+
+@triton.jit
+def sample_key(keys, seed_low, seed_high, sample_offset, b):
     """(seed low, seed high, sample) of batch entry b, from the tensor if there is one."""
     if keys is None:
-        sample = sample_offset + b
+        key = (
+            seed_low.to(tl.uint32),
+            seed_high.to(tl.uint32),
+            (sample_offset + b).to(tl.uint32),
+        )
     else:
-        seed = tl.load(keys + 2 * b)
-        sample = tl.load(keys + 2 * b + 1)
-    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), sample.to(tl.uint32)
+        pair = (keys + b) + b
+        words = pair.to(tl.pointer_type(tl.uint32), bitcast=True)
+        key = (tl.load(words), tl.load(words + 1), tl.load(words + 2))
+    return key
+
+
+def halves(seed: int) -> tuple[int, int]:
+    """The low and the high word of a seed, for the arguments that sample_key takes."""
+    return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF

@@ -1,7 +1,7 @@
 """The fused solver step (fastdiff/ops/step.py): every tensor is read once and written once.
 
-A program handles one tile of one sample, so its coefficients are scalars and a zero coefficient
-costs a branch that all threads take alike: the column is not read, the noise is not computed.
+A program handles tiles of one sample, so its coefficients are scalars and what it does about a zero
+coefficient is the same in all threads: the column is not read, the noise is not computed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from fastdiff.kernels.exp import exp
 from fastdiff.kernels.launch import (
     Launch,
-    empty_sum,
-    inside_tile,
+    inside,
     load,
+    sample_origin,
     store,
-    tile_origin,
     tiling,
+    widened,
 )
-from fastdiff.kernels.noise import normal_tile, sample_key
+from fastdiff.kernels.noise import halves, low_word, normal_tile, sample_key
+from fastdiff.kernels.policy import Policy
+from fastdiff.kernels.row import all_used, combine, is_used, load_coefficients, nan_unless
 from fastdiff.ops.schemas import DTYPE_CODES
 from fastdiff.ops.step import HEADER
 
@@ -31,84 +33,6 @@ __all__ = ["prepare"]
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NOISE_DTYPES = {code: _DTYPES[d] for d, code in DTYPE_CODES.items() if d in _DTYPES}
-
-
-@triton.jit
-def load_coefficients(
-    entries, inside, MASK: tl.constexpr, COLUMNS: tl.constexpr, ABSENT: tl.constexpr
-):
-    """The row's coefficients of the columns in MASK; the table has no entry for column ABSENT."""
-    coefficients = ()
-    for column in tl.static_range(COLUMNS):
-        if column == ABSENT:
-            entries = entries - 1
-        if (MASK >> column) & 1:
-            coefficients = coefficients + (row_entry(entries, column, inside),)
-        else:
-            coefficients = coefficients + (0.0,)
-    return coefficients
-
-
-@triton.jit
-def row_entry(row, column: tl.constexpr, inside):
-    return tl.load(row + column, mask=inside, other=float("nan"))
-
-
-@triton.jit
-def is_used(coefficients, column: tl.constexpr, MASKS: tl.constexpr, DENSE: tl.constexpr):
-    """Whether any sum has a coefficient other than zero for the column; None: all have."""
-    if DENSE:
-        used = None
-    else:
-        used = tl.full((), False, tl.int1)
-        for i in tl.static_range(len(coefficients)):
-            if (MASKS[i] >> column) & 1:
-                used = used | (coefficients[i][column] != 0)
-    return used
-
-
-@triton.jit
-def all_used(coefficients, MASKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether no coefficient that MASKS allows is zero."""
-    dense = tl.full((), True, tl.int1)
-    for i in tl.static_range(len(coefficients)):
-        for column in tl.static_range(COLUMNS):
-            if (MASKS[i] >> column) & 1:
-                dense = dense & (coefficients[i][column] != 0)
-    return dense
-
-
-@triton.jit
-def combine(
-    coefficients,
-    values,
-    noise_scale,
-    MASK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIRST_DRAW: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum of coefficient times value in column order, columns with a zero coefficient left out."""
-    acc = empty_sum(BLOCK)
-    for column in tl.static_range(COLUMNS):
-        if (MASK >> column) & 1:
-            a = coefficients[column]
-            value = values[column]
-            if DENSE:
-                acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * value
-            else:
-                if a != 0:
-                    acc = acc + scaled(a, noise_scale, column >= FIRST_DRAW) * value
-    return acc
-
-
-@triton.jit
-def scaled(a, noise_scale, IS_DRAW: tl.constexpr):
-    """The coefficient; of a draw, times the noise scale of learned variance."""
-    if IS_DRAW and noise_scale is not None:
-        a = a * noise_scale
-    return a
 
 
 @triton.jit
@@ -123,15 +47,15 @@ def draw(
     BLOCK: tl.constexpr,
 ):
     """Seeded noise of a tile, rounded to its dtype; not computed unless used."""
-    first_block = (start // 4).to(tl.uint32)
+    first_block = (start >> 2).to(tl.uint32)
     if used is None:
         z = normal_tile(first_block, key, counter[0], counter[1], FAST, NEIGHBOURS, BLOCK)
-        z = z.to(NOISE_DTYPE).to(tl.float32)
+        z = widened(z.to(NOISE_DTYPE))
     else:
         z = tl.zeros((BLOCK,), tl.float32)
         if used:
             z = normal_tile(first_block, key, counter[0], counter[1], FAST, NEIGHBOURS, BLOCK)
-            z = z.to(NOISE_DTYPE).to(tl.float32)
+            z = widened(z.to(NOISE_DTYPE))
     return z
 
 
@@ -149,8 +73,8 @@ def step_tile(
     guidance_scale,
     key,
     counters,
-    b,
-    batch,
+    origin,
+    size,
     n,
     start,
     mask,
@@ -169,31 +93,28 @@ def step_tile(
     """One tile; mask is None inside a sample. `coefficients`: of the clamp node, then per output.
 
     bounds: low, high and, with a threshold, its reciprocal. counters: (step, stream) per draw.
+    The noise comes first: it needs the most registers, and the compiler moves loads up to it where
+    it has room for their values.
     """
     O: tl.constexpr = len(states)  # noqa: E741 - the columns are S0.., o, c, z0..
     C: tl.constexpr = O + 1
     FIRST_DRAW: tl.constexpr = C + 1
     COLUMNS: tl.constexpr = FIRST_DRAW + DRAWS
-    offset = b * n + start
-    o_offset = offset
+    index = origin + start + tl.arange(0, BLOCK)
+    o_index = index
     if LEARNED:
-        o_offset = offset + b * n
+        o_index = index + origin
 
-    s = ()
-    for k in tl.static_range(O):
-        if (UNION >> k) & 1:
-            used = is_used(coefficients, k, MASKS, DENSE)
-            s = s + (load(states[k] + offset, used, mask, BLOCK),)
+    z = ()
+    for k in tl.static_range(DRAWS):
+        if (UNION >> (FIRST_DRAW + k)) & 1:
+            used = is_used(coefficients, FIRST_DRAW + k, MASKS, DENSE)
+            if len(noise) > 0:
+                z = z + (load(noise[k] + index, used, mask),)
+            else:
+                z = z + (draw(used, start, key, counters[k], NOISE_DTYPE, FAST, NEIGHBOURS, BLOCK),)
         else:
-            s = s + (0,)
-
-    o = 0
-    if (UNION >> O) & 1:
-        used = is_used(coefficients, O, MASKS, DENSE)
-        o = load(model_outputs[0] + o_offset, used, mask, BLOCK)
-        if len(model_outputs) == 2:
-            o_cond = load(model_outputs[1] + o_offset, used, mask, BLOCK)
-            o = o + guidance_scale * (o_cond - o)
+            z = z + (0,)
 
     noise_scale = None
     # f interpolates between the two bounds of log sigma (Nichol & Dhariwal 2021, eq. 15).
@@ -202,20 +123,25 @@ def step_tile(
         if not DENSE:
             for k in tl.static_range(1, DRAWS):
                 used = used | is_used(coefficients, FIRST_DRAW + k, MASKS, DENSE)
-        v = load(model_outputs[len(model_outputs) - 1] + o_offset + n, used, mask, BLOCK)
+        v = load(model_outputs[len(model_outputs) - 1] + (o_index + n), used, mask)
         f = v * 0.5 + 0.5
         noise_scale = exp(f * log_variance[1] + (1.0 - f) * log_variance[0])
 
-    z = ()
-    for k in tl.static_range(DRAWS):
-        if (UNION >> (FIRST_DRAW + k)) & 1:
-            used = is_used(coefficients, FIRST_DRAW + k, MASKS, DENSE)
-            if len(noise) > 0:
-                z = z + (load(noise[k] + offset, used, mask, BLOCK),)
-            else:
-                z = z + (draw(used, start, key, counters[k], NOISE_DTYPE, FAST, NEIGHBOURS, BLOCK),)
+    s = ()
+    for k in tl.static_range(O):
+        if (UNION >> k) & 1:
+            used = is_used(coefficients, k, MASKS, DENSE)
+            s = s + (load(states[k] + index, used, mask),)
         else:
-            z = z + (0,)
+            s = s + (0,)
+
+    o = 0
+    if (UNION >> O) & 1:
+        used = is_used(coefficients, O, MASKS, DENSE)
+        o = load(model_outputs[0] + o_index, used, mask)
+        if len(model_outputs) == 2:
+            o_cond = load(model_outputs[1] + o_index, used, mask)
+            o = o + guidance_scale * (o_cond - o)
 
     values = s + (o, 0) + z
     if CLAMP:
@@ -230,17 +156,21 @@ def step_tile(
     for r in tl.static_range(len(out)):
         a = coefficients[r + 1]
         acc = combine(a, values, noise_scale, MASKS[r + 1], COLUMNS, FIRST_DRAW, DENSE, BLOCK)
-        stored = store(out[r] + offset, acc, mask, BLOCK)
+        stored = store(out[r] + index, acc, mask)
         if r == 0:
             for copy in tl.static_range(COPIES):
-                pointer = model_input + offset + copy * batch * n
-                store(pointer, c_in * stored, mask, BLOCK)
+                store(model_input + (index + copy * size), c_in * stored, mask)
 
 
 @triton.jit(
     do_not_specialize=[
-        "table_rows", "seed", "sample_offset", "noise_step", "stream", "batch", "n_units",
-    ]
+        "last_row", "seed_low", "seed_high", "sample_offset", "noise_step", "stream",
+        "size_units", "n_units",
+    ],
+    # A plan's steps point at their own row: every second one is not at a multiple of 16 bytes.
+    do_not_specialize_on_alignment=[
+        "table", "rows", "keys", "draws", "guidance_scale", "threshold",
+    ],
 )  # fmt: skip
 def step_kernel(
     states,
@@ -254,12 +184,13 @@ def step_kernel(
     draws,
     guidance_scale,
     threshold,
-    table_rows: tl.int64,
-    seed: tl.int64,
-    sample_offset: tl.int64,
-    noise_step: tl.int64,
-    stream: tl.int64,
-    batch: tl.int64,
+    last_row: tl.uint32,
+    seed_low: tl.uint32,
+    seed_high: tl.uint32,
+    sample_offset: tl.uint32,
+    noise_step: tl.uint32,
+    stream: tl.uint32,
+    size_units: tl.int64,
     n_units: tl.int64,
     MASKS: tl.constexpr,
     UNION: tl.constexpr,
@@ -274,40 +205,44 @@ def step_kernel(
     GUIDANCE_STRIDE: tl.constexpr,
     THRESHOLD_STRIDE: tl.constexpr,
     UNIT: tl.constexpr,
-    TAIL: tl.constexpr,
+    SINGLE: tl.constexpr,
+    LARGE: tl.constexpr,
     SAMPLE_AXIS: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    b, n, start = tile_origin(n_units, UNIT, SAMPLE_AXIS, BLOCK)
+    b, n, origin = sample_origin(n_units, UNIT, SINGLE, LARGE, SAMPLE_AXIS)
     C: tl.constexpr = len(states) + 1
     COLUMNS: tl.constexpr = C + 1 + DRAWS
     FIRST: tl.constexpr = HEADER + COLUMNS - 1
     NEVER: tl.constexpr = COLUMNS
+    size = (size_units * UNIT).to(n.dtype)  # of a tensor: how far apart copies of the output are
 
-    index = tl.load(rows + b * ROW_STRIDE)
-    inside = (index >= 0) & (index < table_rows)
+    # An index outside the table reads the last row, whose entries then become NaN.
+    asked = tl.load(rows + b * ROW_STRIDE)
+    index = tl.minimum(asked.to(tl.uint32), last_row.to(tl.uint32)).to(tl.int64)
+    exists = index == asked
     row = table + index * (FIRST + COLUMNS * len(out))
     # P has no entry for c itself, which leaves a gap in its columns.
-    coefficients = (load_coefficients(row + HEADER, inside, MASKS[0], COLUMNS, C),)
+    coefficients = (load_coefficients(row + HEADER, MASKS[0], COLUMNS, C),)
     for r in tl.static_range(len(out)):
         entries = row + FIRST + r * COLUMNS
-        a = load_coefficients(entries, inside, MASKS[r + 1], COLUMNS, NEVER)
-        coefficients = coefficients + (a,)
+        coefficients = coefficients + (load_coefficients(entries, MASKS[r + 1], COLUMNS, NEVER),)
 
     bounds = ()
     if CLAMP:
         if threshold is None:
-            bounds = (row_entry(row, 0, inside), row_entry(row, 1, inside))
+            bounds = (tl.load(row), tl.load(row + 1))
         else:
             high = tl.load(threshold + b * THRESHOLD_STRIDE)
             bounds = (-high, high, tl.div_rn(tl.full((), 1.0, tl.float32), high))
     c_in = None
     if COPIES > 0:
-        c_in = row_entry(row, 2, inside)
+        c_in = tl.load(row + 2)
     log_variance = ()
     if LEARNED:
-        log_variance = (row_entry(row, 3, inside), row_entry(row, 4, inside))
+        log_variance = (tl.load(row + 3), tl.load(row + 4))
     guidance = None
     if guidance_scale is not None:
         guidance = tl.load(guidance_scale + b * GUIDANCE_STRIDE)
@@ -315,34 +250,50 @@ def step_kernel(
     key = ()
     counters = ()
     if len(noise) == 0 and DRAWS > 0:
-        key = sample_key(keys, seed, sample_offset, b)
+        key = sample_key(keys, seed_low, seed_high, sample_offset, b)
         for k in tl.static_range(DRAWS):
             if draws is None:
                 counters = counters + ((noise_step.to(tl.uint32), stream.to(tl.uint32)),)
             else:
-                pair = draws + (tl.where(inside, index, 0) * DRAWS + k) * 2
-                counters = counters + (
-                    (tl.load(pair).to(tl.uint32), tl.load(pair + 1).to(tl.uint32)),
-                )
+                pair = draws + (index * DRAWS + k) * 2
+                counters = counters + ((low_word(pair, 0), low_word(pair, 1)),)
 
-    mask = None
-    dense = all_used(coefficients, MASKS, COLUMNS)
-    if TAIL:
-        dense = dense & (start + BLOCK <= n)
-        mask = inside_tile(start, n, BLOCK)
+    tile = tl.program_id(1 - SAMPLE_AXIS)
+    stride = tl.num_programs(1 - SAMPLE_AXIS)
     # The common tile, whole and without a zero coefficient, is straight-line code.
-    if dense:
-        step_tile(
-            states, model_outputs, noise, out, model_input, coefficients, bounds, c_in,
-            log_variance, guidance, key, counters, b, batch, n, start, None, True,
-            MASKS, UNION, CLAMP, DRAWS, NOISE_DTYPE, LEARNED, COPIES, FAST, NEIGHBOURS, BLOCK,
-        )  # fmt: skip
-    else:
-        step_tile(
-            states, model_outputs, noise, out, model_input, coefficients, bounds, c_in,
-            log_variance, guidance, key, counters, b, batch, n, start, mask, False,
-            MASKS, UNION, CLAMP, DRAWS, NOISE_DTYPE, LEARNED, COPIES, FAST, NEIGHBOURS, BLOCK,
-        )  # fmt: skip
+    if exists & all_used(coefficients, MASKS, COLUMNS):
+        while tile.to(n.dtype) * BLOCK <= n - BLOCK:
+            start = tile.to(n.dtype) * BLOCK
+            step_tile(
+                states, model_outputs, noise, out, model_input, coefficients, bounds, c_in,
+                log_variance, guidance, key, counters, origin, size, n, start, None, True,
+                MASKS, UNION, CLAMP, DRAWS, NOISE_DTYPE, LEARNED, COPIES, FAST, NEIGHBOURS, BLOCK,
+            )  # fmt: skip
+            tile += stride
+
+    # What is left, in pieces of four elements a thread: to choose among terms takes registers.
+    PIECES: tl.constexpr = BLOCK // PIECE
+    piece = tile * PIECES
+    if piece.to(n.dtype) * PIECE < n:
+        marked = (nan_unless(exists, coefficients[0]),)
+        for r in tl.static_range(len(out)):
+            marked = marked + (nan_unless(exists, coefficients[r + 1]),)
+        if threshold is None:
+            bounds = nan_unless(exists, bounds)
+        if COPIES > 0:
+            c_in = tl.where(exists, c_in, float("nan"))
+        log_variance = nan_unless(exists, log_variance)
+        while piece.to(n.dtype) * PIECE < n:
+            start = piece.to(n.dtype) * PIECE
+            step_tile(
+                states, model_outputs, noise, out, model_input, marked, bounds, c_in,
+                log_variance, guidance, key, counters, origin, size, n, start,
+                inside(start, n, PIECE), False, MASKS, UNION, CLAMP, DRAWS, NOISE_DTYPE, LEARNED,
+                COPIES, FAST, 4, PIECE,
+            )  # fmt: skip
+            piece += 1
+            if piece % PIECES == 0:
+                piece += (stride - 1) * PIECES
 
 
 @lru_cache(maxsize=4096)
@@ -368,6 +319,17 @@ def _constants(spec: tuple[int, ...], states: int) -> dict[str, object]:
     }
 
 
+def _is_light(
+    spec: list[int], states: list[Tensor], model_outputs: list[Tensor], written: list[Tensor]
+) -> bool:
+    """Whether the compiler fits the step into a full SM's registers without spilling any."""
+    draws, noise_code, learned, fast, clamp, *_ = spec
+    if learned or clamp >= 0 or len(written) > 1 or len(states) + len(model_outputs) > 3:
+        return False
+    # Eight exact normals at once, as 16-bit noise is made, leave no room for a model output.
+    return not draws or not model_outputs or bool(fast) or NOISE_DTYPES[noise_code] == tl.float32
+
+
 def prepare(
     states: list[Tensor],
     model_outputs: list[Tensor],
@@ -384,25 +346,38 @@ def prepare(
     model_input: Tensor | None,
     *,
     nvidia: bool = True,
+    policy: Policy | None = None,
     block: int | None = None,
 ) -> Launch | None:
     """The launch of one `step`, or None when there is nothing to write.
 
     Args:
         nvidia: whether the device has the approximations of noise="fast".
-        block: elements per program, a power of two; chosen by size when None.
+        policy: launch parameters; those of the tensors' device when None.
+        block: elements of a tile, a power of two; chosen by size when None.
     """
     size = out[0].numel()
     if not size:
         return None
-    batch = out[0].shape[0]
-    written = [*out] if model_input is None else [*out, model_input]
-    tensors = [*states, *model_outputs, *noise, *written]
-    tiles = tiling(size // batch, batch, tensors, nvidia=nvidia, block=block)
+    draws_seeded = spec[0] > 0 and not noise
+    learned = bool(spec[2])
+    # Samples that are all treated alike are one long sample, whose tiles are whole and aligned
+    # whatever the size of a sample.
+    alike = not (draws_seeded or learned) and all(
+        value is None or value.numel() == 1 for value in (rows, guidance_scale, threshold)
+    )
+    batch = 1 if alike else out[0].shape[0]
+    written = out if model_input is None else [*out, model_input]
+    tiles = tiling(
+        size // batch, batch, [*states, *model_outputs, *noise, *written],
+        makes_noise=draws_seeded, nvidia=nvidia, policy=policy, block=block,
+        light=_is_light(spec, states, model_outputs, written),
+    )  # fmt: skip
+    seed, *counters = counter
     arguments = (
         tuple(states), tuple(model_outputs), tuple(noise), tuple(out), model_input,
         table, rows, keys, draws, guidance_scale, threshold,
-        table.shape[0], *counter, batch, tiles.units,
+        table.shape[0] - 1, *halves(seed), *counters, batch * tiles.units, tiles.units,
     )  # fmt: skip
     constants = {
         **_constants(tuple(spec), len(states)),

@@ -11,23 +11,34 @@ import sys
 
 import torch
 
+from fastdiff.backends.triton import prepare
 from fastdiff.kernels import aot
+from fastdiff.kernels.policy import policy_of
+from fastdiff.profiling.cases import Case
 
-# (op, dtype, the model's dtype), for every target ...
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHAPE = (16, 4, 64, 64)
+ODD = (15, 1, 37, 37)  # an odd size even with all samples in one
+
+# For every target ...
 CASES = [
-    ("q_sample", torch.bfloat16, None),
-    ("ddpm", torch.float32, torch.bfloat16),
-    ("ddim_guided", torch.float16, None),
+    (Case("q_sample", BF16), SHAPE),
+    (Case("ddpm_clipped", F32, BF16), SHAPE),
+    (Case("ddim_guided", F16), SHAPE),
 ]
 # ... and, compilation taking its time, for one of each vendor.
 MORE_CASES = [
-    ("randn", torch.float32, None),
-    ("chain", torch.float32, None),
-    ("q_sample", torch.float32, None),
-    ("ddpm", torch.bfloat16, None),
-    ("ddpm_learned", torch.float16, None),
-    ("ddim_guided", torch.float32, None),
-    ("ddim_guided", torch.bfloat16, None),
+    (Case("randn"), SHAPE),
+    (Case("chain"), SHAPE),
+    (Case("q_sample"), SHAPE),
+    (Case("ddpm"), SHAPE),
+    (Case("ddpm_clipped", BF16), SHAPE),
+    (Case("ddpm_learned", F16), SHAPE),
+    (Case("ddim_guided"), SHAPE),
+    (Case("ddim_guided", BF16), SHAPE),
+    (Case("dpmpp_2m"), SHAPE),
+    (Case("ddim_guided"), ODD),
+    (Case("ddim_guided", BF16), ODD),
 ]
 MORE_TARGETS = ("sm_90", "gfx942")
 
@@ -80,10 +91,14 @@ def main(targets: list[str]) -> None:
     results = []
     for name in targets or aot.TARGETS:
         gpu = aot.target(name)
-        for op, dtype, model_dtype in CASES + (MORE_CASES if name in MORE_TARGETS else []):
-            launch = aot.example(op, dtype, gpu, model_dtype=model_dtype)
+        for case, shape in CASES + (MORE_CASES if name in MORE_TARGETS else []):
+            arguments = case.arguments(shape)
+            launch = prepare(case.op)(
+                *arguments, nvidia=gpu.backend == "cuda", policy=policy_of(name)
+            )
             found = inspect(aot.compile_for(launch, gpu))
-            key = {"target": name, "op": op, "dtype": str(dtype), "model_dtype": str(model_dtype)}
+            limit = launch.options.get("maxnreg", 64)
+            key = {"target": name, "case": case.id, "odd": shape == ODD, "limit": limit}
             results.append({**key, **found})
     json.dump(results, sys.stdout)
 

@@ -20,6 +20,7 @@ tl = pytest.importorskip("triton.language")
 
 from fastdiff.backends import triton as backend  # noqa: E402
 from fastdiff.kernels import chain, launch, noise, randn, step  # noqa: E402
+from fastdiff.kernels.policy import Parameters, Policy  # noqa: E402
 
 HERE = Path(__file__).parent
 REFERENCE, TRITON = torch.ops.fastdiff_reference, torch.ops.fastdiff_triton
@@ -37,6 +38,12 @@ def floats(words: list[str]) -> Tensor:
 
 def integers(words: list[str]) -> Tensor:
     return torch.tensor([int(word, 16) for word in words])
+
+
+def cut(tiles: int, warps: int = 2) -> Policy:
+    """Programs of several tiles, each tile of several pieces of 64 * 4 * warps elements."""
+    parameters = Parameters(8, warps, tiles)
+    return Policy(parameters, parameters, "a test")
 
 
 # Noise
@@ -108,10 +115,25 @@ def test_noise_is_the_same_for_any_tiling(neighbours, monkeypatch, assert_same_b
     for axis_limit in (launch.MAX_GRID_Y, 2):  # with 2, samples go along x
         monkeypatch.setattr(launch, "MAX_GRID_Y", axis_limit)
         out = poisoned(3, 700)
-        run = randn.prepare(out, None, 5, 0, 0, 0, 0, False, nvidia=False, block=128)
+        run = randn.prepare(out, None, 5, 0, 0, 0, 0, False, nvidia=False, policy=cut(1), block=128)
         assert run.grid == ((6, 3) if axis_limit > 2 else (3, 6))
         replace(run, constants={**run.constants, "NEIGHBOURS": neighbours})()
         assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+def test_noise_is_the_same_for_any_number_of_tiles_a_program(tiles, assert_same_bits):
+    expected, out = poisoned(2, 5 * 128 + 50), poisoned(2, 5 * 128 + 50)
+    REFERENCE.randn(expected, None, 5, 0, 0, 0, 0, False)
+    # More tiles than the interpreter's one multiprocessor holds, which is 16 of them.
+    run = randn.prepare(
+        torch.empty(64, 5 * 128 + 50), None, 5, 0, 0, 0, 0, False,
+        nvidia=False, policy=cut(tiles), block=128,
+    )  # fmt: skip
+    programs = 6 // tiles
+    assert run.grid == (programs, 64)
+    replace(run, grid=(programs, 2), arguments=(out, *run.arguments[1:]))()
+    assert_same_bits(out, expected)
 
 
 # Step
@@ -141,6 +163,7 @@ class Case:
     copies: int = 1
     zeros: float = 0.3
     block: int | None = None
+    tiles: int | None = None
 
     def arguments(self, seed: int) -> tuple[list, list[Tensor], Tensor | None]:
         """Arguments up to `counter`, and the poisoned outputs."""
@@ -205,6 +228,19 @@ CASES = {
     "all zero": Case(zeros=1.0, outputs=2),
     "tiles": Case(block=128, n=300, draws=2),
     "tiles without a tail": Case(block=128, n=384, model_dtype=BF16),
+    "pieces": Case(n=5000, tiles=3, zeros=0.1),
+    "pieces of a dense row": Case(n=7 * 1024 + 300, tiles=3, zeros=0.0),
+    "pieces of a dense row, bf16": Case(
+        n=7 * 1024 + 301, tiles=2, zeros=0.0, dtype=BF16, model_dtype=BF16, noise_dtype=BF16
+    ),
+    "whole tiles in turn": Case(n=6 * 1024, tiles=4, zeros=0.0, batch=2),
+    "one sample": Case(batch=1, n=2 * 1024 + 5, tiles=1, zeros=0.0, models=2, copies=2),
+    "alike": Case(
+        batch=5, n=777, draws=0, tiles=2, zeros=0.0, row_per_sample=False, models=1, copies=1
+    ),
+    "alike, noise given": Case(
+        batch=5, n=777, given_noise=True, tiles=2, row_per_sample=False, threshold=True, copies=2
+    ),
     **{f"n={n}": Case(n=n, batch=2) for n in (1, 3, 7, 127, 1023, 4097)},
 }
 
@@ -217,13 +253,58 @@ def test_step_is_the_references(name, assert_same_bits):
         REFERENCE.step(*arguments, out, model_input)
         expected = [*out, model_input] if case.copies else out
         arguments, out, model_input = case.arguments(seed)
-        if case.block is None:
+        if case.block is None and case.tiles is None:
             TRITON.step(*arguments, out, model_input)
         else:
-            run = step.prepare(*arguments, out, model_input, nvidia=False, block=case.block)
+            policy = None if case.tiles is None else cut(case.tiles)
+            run = step.prepare(
+                *arguments, out, model_input, nvidia=False, policy=policy, block=case.block
+            )
             run()
         assert_same_bits([*out, model_input] if case.copies else out, expected)
         assert not torch.cat(out).isnan().any()
+
+
+def test_offsets_of_64_bits_give_the_same(monkeypatch, assert_same_bits):
+    for name in ("guidance", "learned variance", "pieces of a dense row"):
+        case = CASES[name]
+        arguments, expected, expected_input = case.arguments(0)
+        TRITON.step(*arguments, expected, expected_input)
+        arguments, out, model_input = case.arguments(0)
+        monkeypatch.setattr(launch, "LARGE_NUMEL", 1)
+        run = step.prepare(*arguments, out, model_input, nvidia=False)
+        assert run.constants["LARGE"]
+        run()
+        monkeypatch.undo()
+        assert_same_bits([*out, model_input], [*expected, expected_input])
+
+
+def test_samples_that_are_alike_are_one_long_sample():
+    def batch_of(**changes) -> int:
+        arguments, out, model_input = Case(**{"row_per_sample": False, **changes}).arguments(0)
+        return step.prepare(*arguments, out, model_input, nvidia=False).grid[1]
+
+    assert batch_of(draws=0) == batch_of(draws=1, given_noise=True) == 1
+    assert batch_of(draws=0, threshold=True) == 1
+    assert batch_of(draws=1) == 3  # noise counts elements in its sample
+    assert batch_of(draws=0, row_per_sample=True) == 3
+    assert batch_of(draws=0, models=2) == 3  # a guidance scale for every sample
+    assert batch_of(draws=0, learned=True) == 3
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_step_on_memory_that_is_not_aligned(dtype, assert_same_bits):
+    case = Case(dtype=dtype, model_dtype=dtype, out_dtype=dtype, n=1030, batch=2, zeros=0.0)
+    arguments, expected, expected_input = case.arguments(0)
+    REFERENCE.step(*arguments, expected, expected_input)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+    states, outputs = ([moved(t).copy_(t) for t in group] for group in arguments[:2])
+    out, model_input = [moved(t) for t in expected], moved(expected_input)
+    TRITON.step(states, outputs, *arguments[2:], out, model_input)
+    assert_same_bits([*out, model_input], [*expected, expected_input])
 
 
 def test_step_in_place(assert_same_bits):
@@ -354,6 +435,21 @@ def environment() -> dict[str, str]:
     return {**variables, "PYTHONPATH": str(Path(fastdiff.__file__).parent.parent)}
 
 
+def test_nothing_compiles_anew_from_step_to_step():
+    process = subprocess.run(
+        [sys.executable, str(HERE / "specialization_check.py")],
+        env=environment(), check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(process.stdout) == {
+        "steps of a plan": 1,
+        "other sizes": 1,
+        "randn": 1,
+        "chain": 1,
+        "odd sizes": 2,  # the check itself sees a difference where there is one
+        "another dtype": 2,
+    }
+
+
 def test_kernels_compile_for_every_gpu():
     process = subprocess.run(
         [sys.executable, str(HERE / "aot_check.py")],
@@ -374,7 +470,8 @@ def test_kernels_compile_for_every_gpu():
             )
             if result.get(reason)
         ]
-        assert not found, (found, result)
+        # Samples of an odd size, all treated alike, are narrow only where the last one ends.
+        assert found == (["narrow"] if result["odd"] and "bf16" in result["case"] else []), result
         assert result["wide"], result
-        # Twice this halves the warps that an SM can hold (Turing has half as many to begin with).
-        assert result["registers"] <= 64, result
+        # Twice 64 halves the warps that an SM can hold (Turing has half as many to begin with).
+        assert result["registers"] <= result["limit"], result

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.ops.schemas import SCHEMAS, define
 
-__all__ = ["probe"]
+__all__ = ["prepare", "probe"]
 
 _LIBRARY = define("triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +52,8 @@ def _compilers() -> list[str]:
 
 
 @functools.cache
-def _prepare(op: str) -> Callable[..., Any]:
+def prepare(op: str) -> Callable[..., Any]:
+    """What turns the arguments of an operation into its Launch; see kernels/."""
     from fastdiff.kernels import chain, randn, step
 
     return {"chain": chain.prepare, "randn": randn.prepare, "step": step.prepare}[op]
@@ -61,7 +63,7 @@ def _on_gpu(op: str) -> Callable[..., None]:
     nvidia = torch.version.hip is None
 
     def call(*arguments: Any) -> None:
-        launch = _prepare(op)(*arguments, nvidia=nvidia)
+        launch = prepare(op)(*arguments, nvidia=nvidia)
         if launch is None:
             return
         device = _device(arguments[0])
@@ -80,9 +82,11 @@ def _on_cpu(op: str) -> Callable[..., None]:
         if reason is not None:
             raise RuntimeError(f"fastdiff_triton::{op}: {reason}")
         # The interpreter has no inline assembly, and on the CPU noise="fast" means exact.
-        launch = _prepare(op)(*arguments, nvidia=False)
+        launch = prepare(op)(*arguments, nvidia=False)
         if launch is not None:
-            launch()
+            # numpy, which interprets, would speak of NaN that a kernel makes and does not take.
+            with np.errstate(invalid="ignore", over="ignore"):
+                launch()
 
     return call
 

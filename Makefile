@@ -1,4 +1,4 @@
-# make sample | test | bench | lint, and test-all, format, clean. The first one that runs makes the
+# make sample | test | bench | lint, and test-all, gpu-check, format, clean. The first that runs makes the
 # environment and installs into it; again only after pyproject.toml or the constraints change.
 #   make test ARGS="-k noise"                 arguments for the tool behind the target
 #   make test PYTHON=python3.12 VENV=.venv312  another interpreter, another place
@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.fastdiff-installed
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 MAKEFLAGS += --no-print-directory
 
-.PHONY: sample test test-all bench lint lint-ruff lint-mypy lint-clang-format lint-traps format clean
+.PHONY: sample test test-all bench gpu-check lint lint-ruff lint-mypy lint-clang-format lint-traps format clean
 
 sample: $(INSTALLED)
 	$(BIN)/fastdiff sample $(ARGS)
@@ -28,6 +28,10 @@ test-all: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks/ $(ARGS)
+
+# On a machine with a GPU: its own python, nothing installed, from a bare checkout.
+gpu-check:
+	$(PYTHON) -m fastdiff selftest --gpu $(ARGS)
 
 lint: lint-ruff lint-mypy lint-clang-format lint-traps
 

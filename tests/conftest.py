@@ -15,7 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import importlib.util
 import json
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,14 @@ def load_helper(name: str) -> Any:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_is_gate)  # what they wait for goes on meanwhile
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -136,3 +148,46 @@ def assert_same_bits() -> Callable[..., None]:
 def known_answers() -> dict[str, Any]:
     """Known answers of the noise contract."""
     return json.loads((HERE / "data" / "noise_kat.json").read_text())
+
+
+# ---- tests/test_gates.py: every kernel for every GPU, compiled beside the other tests
+
+_COMPILING = pytest.StashKey[tuple[subprocess.Popen[str], Path]]()
+
+
+def _is_gate(item: pytest.Item) -> bool:
+    return "compiled_kernels" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts the compilation, in processes in which Triton is a compiler."""
+    if session.config.option.collectonly or not any(map(_is_gate, session.items)):
+        return
+    out = Path(tempfile.mkdtemp(prefix="fastdiff-gates-")) / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastdiff", "profile", "--target", "all"]
+    process = subprocess.Popen(
+        [*command, "--jobs", "2", "--json", str(out)],
+        cwd=HERE.parent, env=environment, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=(out.parent / "stderr").open("w"),
+        start_new_session=True,
+    )  # fmt: skip
+    session.config.stash[_COMPILING] = process, out
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _COMPILING in session.config.stash:
+        process, out = session.config.stash[_COMPILING]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+        shutil.rmtree(out.parent)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The report of `fastdiff profile --target all`."""
+    process, out = request.config.stash[_COMPILING]
+    status = process.wait()
+    assert status == 0, (out.parent / "stderr").read_text()
+    return json.loads(out.read_text())

@@ -515,7 +515,7 @@ def test_a_model_that_cannot_be_captured_is_told_why(stand_ins):
 # On a GPU, in a process of its own: in this one Triton is its interpreter.
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("check", ["replays", "ordinary_loops", "cold_plans"])
 def test_on_a_gpu(check):
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

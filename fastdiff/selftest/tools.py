@@ -1,0 +1,188 @@
+"""Parts that run other programs: the CUDA compiler, memory checkers, pytest; and the profilers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastdiff
+from fastdiff.profiling.gpu_state import find_tool
+from fastdiff.selftest.part import Context, Settings, command
+
+__all__ = ["LIBRARY", "cuda_library", "marked_tests", "memory_checks", "served"]
+
+LIBRARY = "CUDA library"  # the part that builds it; where it has not passed nobody tries again
+
+
+def cuda_library(context: Context) -> None:
+    """Builds the CUDA library for this GPU."""
+    from fastdiff.backends import build
+    from fastdiff.backends.toolchain import find_compiler, find_ninja
+
+    if context.device == "cuda" and not torch.cuda.is_available():
+        context.skip("PyTorch finds no GPU")
+        return
+    if torch.version.hip is not None:
+        context.skip("the CUDA library is not for AMD GPUs, which Triton serves")
+        return
+    try:
+        find_compiler("nvcc")
+        find_ninja()
+    except build.BuildError as error:
+        context.skip(f"it cannot be built here: {error}")
+        return
+    begin = time.monotonic()
+    try:
+        path = build.build(build.cuda_target())
+    except build.BuildError as error:
+        context.check(False, f"the CUDA library: {error}")
+        return
+    seconds = time.monotonic() - begin
+    context.check(path.is_file(), f"there is no {path}")
+    context.data.update(seconds=seconds, path=str(path), bytes=path.stat().st_size)
+    context.note(f"built in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MiB: {path}")
+
+
+def served(context: Context) -> list[str]:
+    """The backends with kernels, as far as the parts before this one have got."""
+    return ["triton", "native"] if LIBRARY in context.settings.passed else ["triton"]
+
+
+# Memory checkers
+
+_CHECKERS = ("memcheck", "racecheck", "initcheck")
+# Kernels of PyTorch's own, which are not ours to judge.
+_FOREIGN = re.compile(r"at::|cub::|c10::|cublas|cudnn")
+
+
+def memory_checks(context: Context) -> None:
+    """compute-sanitizer over the launches of a few cases, one tool after another.
+
+    Options: cases, by name.
+    """
+    if context.device == "cuda" and not torch.cuda.is_available():
+        context.skip("PyTorch finds no GPU")
+        return
+    program = find_tool("compute-sanitizer")
+    if program is None:
+        context.skip("compute-sanitizer is not on PATH nor in the CUDA toolkit's folder")
+        return
+    runs = [(tool, name) for tool in _CHECKERS for name in served(context)]
+    worked = False
+    for index, (tool, backend) in enumerate(runs):
+        share = context.left / (len(runs) - index)
+        if share < 10:
+            context.note(f"the time ran out before {tool} of {backend}")
+            break
+        worked |= _memory_check(context, program, tool, backend, share)
+    if not worked:
+        context.skip("compute-sanitizer does not work here")
+
+
+def _memory_check(context: Context, program: str, tool: str, backend: str, share: float) -> bool:
+    """Whether the tool ran to its end."""
+    result = Path(context.settings.result).with_suffix(f".{tool}-{backend}.json")
+    inner = Settings(
+        target="fastdiff.selftest.equality:equality",
+        result=str(result),
+        device=context.device,
+        deadline=time.monotonic() + 0.7 * share,
+        options={"backend": backend, "cases": context.options["cases"]},
+    )
+    # Each tensor in memory of its own, so that a step past its end is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [program, "--tool", tool, "--print-limit", "20", *command(inner)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            timeout=share,
+        )
+        text = done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        context.note(f"{tool}, {backend}: not done after {share:.0f} s")
+        return False
+    print(text)  # to the log
+    summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", text)
+    try:
+        found = json.loads(result.read_bytes())
+    except (OSError, ValueError):
+        found = {}
+    if summary is None or not found.get("checks"):
+        last = [line for line in text.splitlines() if line.strip()][-1:] or ["it said nothing"]
+        context.note(f"{tool}, {backend}: did not work here: {last[0].strip()[:160]}")
+        return False
+    ours = judged(text)
+    context.check(not ours, f"{tool}, {backend}: {len(ours)} findings, the first: {ours[:1]}")
+    for failure in found["failures"]:
+        context.check(False, f"under {tool}: {failure}")
+    context.note(f"{tool}, {backend}: {summary[0]}, {found['checks']} comparisons")
+    return True
+
+
+def judged(text: str) -> list[str]:
+    """The findings in compute-sanitizer's output that are not in kernels of PyTorch's own."""
+    findings = []
+    for record in re.split(r"(?m)^=+ *$", text):
+        lines = [line.strip("= ").strip() for line in record.splitlines()]
+        lines = [line for line in lines if line and "SUMMARY" not in line]
+        serious = r"(Error|Warning): Race|Invalid __|Uninitialized __|[Mm]isaligned|out of bounds"
+        if lines and re.search(serious, record) and not _FOREIGN.search(record):
+            findings.append("; ".join(lines[:3]))
+    return findings
+
+
+# Tests that are marked for GPUs
+
+
+def marked_tests(context: Context) -> None:
+    """pytest over the tests marked `gpu`, where this is a checkout and pytest is installed.
+
+    Options: root, of the checkout; this one unless given.
+    """
+    root = Path(context.options.get("root") or Path(fastdiff.__file__).resolve().parent.parent)
+    files = [
+        str(path)
+        for path in sorted((root / "tests").glob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    for module in ("pytest", "hypothesis"):
+        if importlib.util.find_spec(module) is None:
+            context.skip(f"{module} is not installed")
+            return
+    if not files:
+        context.skip(f"there are no tests marked gpu in {root / 'tests'}")
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-p", "no:cacheprovider"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        timeout=max(context.left, 1.0),
+    )
+    text = done.stdout.decode(errors="replace")
+    print(text)  # to the log
+    lines = [line for line in text.splitlines() if line.strip()]
+    passed = re.search(r"(\d+) passed", text)
+    context.checks += int(passed[1]) if passed else 0
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            context.fail(line)
+    if done.returncode not in (0, 5) and not context.failures:
+        context.fail(f"pytest ended with status {done.returncode}: {lines[-1:]}")
+    if not passed and done.returncode in (0, 5):
+        context.skip(f"no test ran: {lines[-1] if lines else 'pytest said nothing'}")
+    elif lines:
+        context.note(lines[-1].strip("= "))

@@ -155,6 +155,22 @@ def test_float32_rounds_to_16_bits_as_torch_rounds_it() -> None:
         assert_same_bits(identity_step(value, dtype), value.to(dtype), str(dtype))
 
 
+def test_bfloat16_sums_round_as_torch_rounds_them() -> None:
+    # Products that are ties, denormal, zero and infinite, in runs of 16-bit loads and stores.
+    spec = StepSpec(states=1, outputs=(1,))
+    value = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for coefficient in (1 + 2**-8, 1 + 2**-7 + 2**-8, 2**-3, -(2**-20), 1.5 * 2**-126, 2.0**100):
+        table = torch.zeros(1, spec.width)
+        table[0, len(HEADER) + 2] = coefficient
+        out = poisoned((1, 2**16), torch.bfloat16)
+        op("native", "step")(
+            [value[None]], [], [], table, torch.zeros(1, dtype=torch.int64), None, None, None,
+            None, spec.encoded, [0, 0, 0, 0], [out], None,
+        )  # fmt: skip
+        expected = (value.float() * coefficient).to(torch.bfloat16)[None]
+        assert_same_bits(out, expected, f"{coefficient}")
+
+
 # ---- step
 
 
@@ -383,6 +399,28 @@ def test_outputs_larger_than_the_caches(dtype: torch.dtype) -> None:
     u, c = uncond.float(), cond.float()
     expected = (a * x.float() + b * (u + 7.5 * (c - u))).to(dtype)
     assert torch.equal(out.view(INTEGERS[dtype.itemsize]), expected.view(INTEGERS[dtype.itemsize]))
+
+
+def test_mixed_results_larger_than_the_caches() -> None:
+    # float32 states and two copies of a bfloat16 model input, each past the caches, with a tail.
+    n = (32 << 20) // 4 + 64
+    spec = StepSpec(states=1, outputs=(0b11, 0b01))
+    table = torch.randn(1, spec.width)
+    x, model = torch.randn(1, n), torch.randn(1, n).bfloat16()
+    out = [poisoned((1, n), torch.float32) for _ in range(2)]
+    model_input = poisoned((2, n), torch.bfloat16)
+    op("native", "step")(
+        [x], [model], [], table, torch.tensor([0]), None, None, None, None, spec.encoded,
+        [0, 0, 0, 0], out, model_input,
+    )  # fmt: skip
+    first = spec.columns - 1 + len(HEADER)
+    a, b = table[0, first], table[0, first + 1]
+    expected = a * x + b * model.float()
+    assert torch.equal(out[0].view(torch.int32), expected.view(torch.int32))
+    second = table[0, first + spec.columns] * x
+    assert torch.equal(out[1].view(torch.int32), second.view(torch.int32))
+    wanted = (table[0, 2] * expected).bfloat16().expand(2, -1)
+    assert torch.equal(model_input.view(torch.int16), wanted.contiguous().view(torch.int16))
 
 
 # ---- chain

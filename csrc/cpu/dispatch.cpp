@@ -1,5 +1,6 @@
 // Chooses the ISA level, and splits operations over torch's threads.
 #include <atomic>
+#include <fstream>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -19,6 +20,11 @@ extern const Kernels kernels;
 #endif
 #if defined(FASTDIFF_HAVE_AVX512)
 namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+#if defined(FASTDIFF_HAVE_AVX512_BF16)
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
@@ -43,6 +49,9 @@ bool has_v4() {
 // What this CPU runs, best first.
 template <class Visit>
 void each_level(const Visit& visit) {
+#if defined(FASTDIFF_HAVE_AVX512_BF16)
+  if (has_v4() && __builtin_cpu_supports("avx512bf16")) visit(avx512_bf16::kernels);
+#endif
 #if defined(FASTDIFF_HAVE_AVX512)
   if (has_v4()) visit(avx512::kernels);
 #endif
@@ -105,12 +114,33 @@ std::string isa(const std::string& force) {
 
 }  // namespace
 
+// The size that the kernel tells, which knows what a virtual machine was given: sysconf() asks the
+// processor and gets the sum over a whole package. A step has three such tensors or more, so of a
+// larger cache nothing is left either.
+int64_t streamed_bytes() {
+  static const int64_t kBytes = [] {
+    constexpr int64_t kMost = int64_t{32} << 20;
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t kilobytes = 0;
+    char unit = 0;
+    const bool known = file >> kilobytes >> unit && unit == 'K' && kilobytes << 10 < kMost;
+    return known ? kilobytes << 10 : kMost;
+  }();
+  return kBytes;
+}
+
 int launch_randn(const RandnParams& params, void*) {
   return run(kernels().randn, params, kNoiseGrain);
 }
 
 int launch_step(const StepParams& params, void*) {
-  return run(kernels().step, params, params.seeded && params.draws ? kNoiseGrain : kPlainGrain);
+  if (params.seeded) return run(kernels().step, params, kNoiseGrain);
+  const bool by_sample = params.rows_stride || params.guidance_stride || params.threshold_stride;
+  if (by_sample || params.learned) return run(kernels().step, params, kPlainGrain);
+  StepParams flat = params;  // nothing depends on the sample: one sample, with one tail
+  flat.n *= flat.batch;
+  flat.batch = 1;
+  return run(kernels().step, flat, kPlainGrain);
 }
 
 int launch_chain(const ChainParams& params, void*) {

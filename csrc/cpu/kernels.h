@@ -11,6 +11,9 @@ constexpr int kBlock = 1024;
 
 FD_HD int64_t blocks_per_sample(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
+// Results from this size on would not stay in the last-level cache (dispatch.cpp).
+int64_t streamed_bytes();
+
 struct Kernels {
   const char* isa;
   void (*randn)(const RandnParams& params, int64_t first, int64_t last);

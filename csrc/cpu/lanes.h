@@ -15,6 +15,9 @@ namespace fastdiff::FASTDIFF_ISA {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FD_AVX512 1
+#if defined(__AVX512BF16__)
+#define FD_AVX512_BF16 1
+#endif
 constexpr int kRegisterBytes = 64;
 constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
@@ -83,7 +86,7 @@ struct Lanes {
   // One Philox word of kCounters counters: several registers, so that the chains of dependent
   // multiplies overlap, each with one counter per 64-bit lane. The multiply reads only the low
   // half of a lane, so nothing is ever masked: lo = p, hi = p >> 32.
-  static constexpr int kChains = kRegisters == 32 ? 4 : 2;
+  static constexpr int kChains = 4;
   static constexpr int kCounters = kChains * kCount / 2;
   struct W {
     Wide chain[kChains];

@@ -103,13 +103,80 @@ FD_HD Vector<uint32_t, N> round_to_bf16(Vector<float, N> value) {
 }
 
 // Upper halves of `even` and `odd` to the lower and upper half of each lane.
-template <class U>
-FD_HD U join_halves(U even, U odd) {
+FD_HD Lanes::U join_halves(Lanes::U even, Lanes::U odd) {
+#if defined(__AVX2__) && !defined(FD_AVX512)
+  return (Lanes::U)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+#else
   return even >> 16 | (odd & 0xffff0000u);
+#endif
+}
+
+FD_HD bool has_nan(Lanes::F a, Lanes::F b) {
+#if defined(FD_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+  return true;
+#endif
+}
+
+#if defined(FD_AVX512_BF16)
+// Rounds to nearest even, but takes denormals for zero: where has_zeros(), the values have to be
+// rounded as above instead. `low` comes first in the register.
+using Packed = Vector<uint32_t, 16>;
+FD_HD Packed pack_bf16(Vector<float, 16> low, Vector<float, 16> high) {
+  return (Packed)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+FD_HD bool has_zeros(Packed packed) {
+  return _mm512_testn_epi16_mask((__m512i)packed, _mm512_set1_epi16(0x7fff)) != 0;
+}
+
+// Where each 16-bit element of a result comes from, counted through the registers given.
+struct Indices {
+  uint16_t of[32];
+};
+constexpr Indices halves_in_turn() {
+  Indices indices{};
+  for (int i = 0; i < 32; ++i) indices.of[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return indices;
+}
+FD_HD Packed permute(const Indices& indices, Packed packed) {
+  return (Packed)_mm512_permutexvar_epi16(load_vector<__m512i>(indices.of), (__m512i)packed);
+}
+FD_HD Packed permute(const Indices& indices, Packed a, Packed b) {
+  const auto order = load_vector<__m512i>(indices.of);
+  return (Packed)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+}
+#endif
+
+// Two registers of values to one: even[0], odd[0], even[1] ...
+FD_HD Lanes::U pack_in_turn(Lanes::F even, Lanes::F odd) {
+#if defined(FD_AVX512_BF16)
+  static constexpr Indices kInTurn = halves_in_turn();
+  const Packed packed = pack_bf16(even, odd);
+  if (__builtin_expect(!has_zeros(packed), 1)) return permute(kInTurn, packed);
+#else
+  if (__builtin_expect(!has_nan(even, odd), 1))
+    return join_halves(round_number_to_bf16(Lanes::bits(even)),
+                       round_number_to_bf16(Lanes::bits(odd)));
+#endif
+  return join_halves(round_to_bf16<Lanes::kCount>(even), round_to_bf16<Lanes::kCount>(odd));
 }
 
 template <int N>
 FD_HD void store(bf16_t* p, Vector<float, N> value) {
+#if defined(FD_AVX512_BF16)
+  if constexpr (N == 16) {
+    const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)value);
+    if (__builtin_expect(!_mm256_testn_epi16_mask(packed, _mm256_set1_epi16(0x7fff)), 1)) {
+      store_vector(p, packed);
+      return;
+    }
+  }
+#endif
   store_vector(p, narrow<N>(round_to_bf16<N>(value) >> 16));
 }
 

@@ -9,7 +9,8 @@
 #include <cmath>
 
 #include "../include/exp.h"
-#include "noisy_sum.h"
+#include "randn.h"
+#include "sums.h"
 
 namespace fastdiff::FASTDIFF_ISA {
 
@@ -22,11 +23,15 @@ struct StepScratch {
   };
   Tail tail_in[kMaxColumns + 2], tail_out[kMaxOutputs + 2];
   alignas(64) float noise[kMaxDraws][kBlock + 48];
-  alignas(64) T clamped[kBlock + 16], scale[kBlock + 16], staged[kMaxOutputs][kBlock + 48];
+  alignas(64) T clamped[kBlock + 16], scale[kBlock + 16];
+  alignas(64) char staged[kMaxOutputs][(kBlock + 48) * 8], input[kBlock * 8];
 };
 
-// Outputs from this size on do not stay in a last-level cache.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
+// Moves whole registers from the scratch to an aligned place, past the caches.
+inline void stream_block(char* to, const char* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kRegisterBytes)
+    stream_vector(to + i, load_vector<Lanes::U>(from + i));
+}
 
 template <class T>
 class StepKernel {
@@ -45,18 +50,29 @@ class StepKernel {
       else
         connect(kNoise + k, p.noise[k], p.n, 0);
     }
-    overwrites_ = overwrites_an_input();
-    staged_ = p.outputs > 1 && overwrites_;
   }
 
   // Everything that depends on the sample but not on the element.
   void begin_sample(int64_t b) {
+    const bool same = !p_.rows_stride && !p_.guidance_stride && !p_.threshold_stride;
+    if (sample_ < 0 || !same) read_row(b);
     sample_ = b;
+    if (!p_.seeded) return;
+    for (int k = 0; k < p_.draws; ++k) {
+      const int64_t* draw = p_.draw_table ? p_.draw_table + (row_ * p_.draws + k) * 2 : nullptr;
+      draws_[k] = {noise_key(p_.keys, p_.seed, p_.sample_offset, b),
+                   static_cast<uint32_t>(draw ? draw[0] : p_.step),
+                   static_cast<uint32_t>(draw ? draw[1] : p_.stream)};
+    }
+  }
+
+  // The row of sample b: its coefficients, compacted, and how to evaluate them.
+  void read_row(int64_t b) {
     for (Source& source : sources_) source.used = false;
     const int64_t row = p_.rows[b * p_.rows_stride];
     const bool inside = row >= 0 && row < p_.table_rows;
-    const int64_t index = inside ? row : 0;
-    const T* table = static_cast<const T*>(p_.table) + index * p_.table_width;
+    row_ = inside ? row : 0;
+    const T* table = static_cast<const T*>(p_.table) + row_ * p_.table_width;
     T nan_row[kMaxWidth];
     if (!inside) {
       for (T& entry : nan_row) entry = static_cast<T>(NAN);
@@ -77,21 +93,13 @@ class StepKernel {
     coefficients += p_.states + 1 + p_.draws;
     for (int r = 0; r < p_.outputs; ++r, coefficients += p_.states + 2 + p_.draws)
       compact(p_.output_mask[r], /*with_clamped=*/true, coefficients, rows_[r]);
-    choose_uniform();
-    choose_noisy();
-    if (!p_.seeded) return;
-    for (int k = 0; k < p_.draws; ++k) {
-      const int64_t* draw = p_.draw_table ? p_.draw_table + (index * p_.draws + k) * 2 : nullptr;
-      draws_[k] = {noise_key(p_.keys, p_.seed, p_.sample_offset, b),
-                   static_cast<uint32_t>(draw ? draw[0] : p_.step),
-                   static_cast<uint32_t>(draw ? draw[1] : p_.stream)};
-    }
+    choose_stores();
   }
 
   // Elements begin..end-1 of the sample: whole groups in place, and what remains as one group
   // between copies of what it reads and writes.
   void run(int64_t begin, int64_t end) {
-    const int64_t stride = one_pass() || noisy_ ? end - begin : kBlock;
+    const int64_t stride = one_pass() ? end - begin : kBlock;
     for (; begin < end; begin += stride) {
       const int64_t count = end - begin < stride ? end - begin : stride;
       const int64_t whole = count / kGroup * kGroup;
@@ -130,16 +138,37 @@ class StepKernel {
     return static_cast<char*>(operand.data) + element * size_of(operand.dtype);
   }
 
-  // Whether rows cannot be stored one after another because a later one reads what is overwritten.
-  bool overwrites_an_input() const {
-    const auto is_read = [this](const void* data) {
+  // Whether a later row reads the input whose place output r takes, so that it has to wait.
+  bool read_after(int r) const {
+    for (int later = r + 1; later < p_.outputs; ++later)
       for (const Source& source : sources_)
-        if (source.data && source.data == data) return true;
-      return false;
-    };
-    for (int r = 0; r < p_.outputs; ++r)
-      if (is_read(p_.out[r].data)) return true;
-    return is_read(p_.model_input.data);
+        if (source.data && source.data == p_.out[r].data && reads(rows_[later], &source.here))
+          return true;
+    return false;
+  }
+
+  // Whether to store past the caches: the result, `copies` times as large as the batch, would not
+  // fit, and its lines have not been loaded as an input.
+  bool streams(const Operand& result, int64_t copies) const {
+    const int64_t size = size_of(result.dtype);
+    for (const Source& source : sources_)
+      if (source.data && source.data == result.data) return false;
+    return result.data && copies * p_.batch * p_.n * size >= streamed_bytes() &&
+           reinterpret_cast<uintptr_t>(result.data) % kRegisterBytes == 0 &&
+           p_.n * size % kRegisterBytes == 0;
+  }
+
+  // How each result is stored: at once, or made in the scratch and moved when all rows are made.
+  // The latter also if it goes past the caches and is read again, or is not stored by a uniform
+  // sum.
+  void choose_stores() {
+    streams_input_ = streams(p_.model_input, p_.model_input_copies);
+    for (int r = 0; r < p_.outputs; ++r) {
+      streams_[r] = streams(p_.out[r], 1);
+      staged_[r] = read_after(r) || (streams_[r] && r == 0 && p_.model_input.data);
+    }
+    choose_uniform();
+    for (int r = 0; r < p_.outputs; ++r) staged_[r] |= streams_[r] && !uniform_[r];
   }
 
   // Which sums have sources of one type. The clamp node may then be in the order of Pack<bf16_t>,
@@ -157,10 +186,9 @@ class StepKernel {
       bool all_take_packed = true;
       for (int r = 0; r < p_.outputs; ++r) {
         const bool takes_packed = p_.out[r].dtype == DType::bf16;
-        const Mode mode = streams(r) ? Mode::kStream : Mode::kStore;
-        if (!staged_)
-          uniform_[r] = uniform_sum_for(rows_[r], p_.out[r].dtype, mode,
-                                        takes_packed == packed ? clamped : nullptr);
+        const Mode mode = streams_[r] && !staged_[r] ? Mode::kStream : Mode::kStore;
+        uniform_[r] = uniform_sum_for(rows_[r], p_.out[r].dtype, mode,
+                                      takes_packed == packed ? clamped : nullptr);
         if (reads(rows_[r], clamped)) all_take_packed &= takes_packed && uniform_[r];
       }
       if (!packed || all_take_packed) return;
@@ -170,30 +198,10 @@ class StepKernel {
     }
   }
 
-  void choose_noisy() {
-    noisy_ = nullptr;
-    if constexpr (std::is_same_v<T, float>) {
-      const bool alone = p_.outputs == 1 && !p_.model_input.data && p_.seeded && p_.draws == 1;
-      if (!alone || p_.out[0].dtype != DType::f32 || p_.noise_dtype != DType::f32) return;
-      noisy_ = noisy_sum_for(rows_[0], &sources_[kNoise].here, clamped_sum_,
-                             &sources_[kClamped].here, streams(0));
-    }
-  }
-
   static bool reads(const Sum<T>& sum, const Place* place) {
     for (int k = 0; k < sum.count; ++k)
-      if (sum.terms[k].source == place) return true;
+      if (sum.terms[k].source == place || sum.terms[k].base == place) return true;
     return false;
-  }
-
-  // Whether output r goes past the caches: it would not fit, nothing reads it again here, and its
-  // lines have not been loaded as an input. Called after compact().
-  bool streams(int r) const {
-    const int64_t size = size_of(p_.out[r].dtype);
-    const bool read_again = r == 0 && p_.model_input.data;
-    return p_.batch * p_.n * size >= kStreamBytes && !read_again && !overwrites_ &&
-           reinterpret_cast<uintptr_t>(p_.out[r].data) % kRegisterBytes == 0 &&
-           p_.n * size % kRegisterBytes == 0;
   }
 
   void compact(int32_t mask, bool with_clamped, const T* coefficients, Sum<T>& sum) {
@@ -229,7 +237,7 @@ class StepKernel {
 
   // Whether every element is read and written once, so that blocks would gain nothing.
   bool one_pass() const {
-    bool makes = sources_[kClamped].used || sources_[kVariance].used;
+    bool makes = sources_[kClamped].used || sources_[kVariance].used || staged_[0];
     for (int k = 0; k < p_.draws; ++k) makes |= p_.seeded && sources_[kNoise + k].used;
     return !makes && p_.outputs == 1 && !p_.model_input.data;
   }
@@ -243,15 +251,14 @@ class StepKernel {
       if (sources_[k].used && sources_[k].data) find(k, begin, count, tail, ahead);
     for (int r = 0; r < p_.outputs; ++r)
       ahead.add(at(p_.out[r], element), size_of(p_.out[r].dtype));
-    if constexpr (std::is_same_v<T, float>) {
-      if (noisy_ && !tail)
-        return noisy_(rows_[0], clamped_sum_, clamp_, draws_[0], static_cast<uint32_t>(begin / 4),
-                      count, reinterpret_cast<float*>(at(p_.out[0], element)));
+    for (int k = 0; k < p_.draws; ++k) {
+      if (!p_.seeded || !sources_[kNoise + k].used) continue;
+      const uint32_t counter = static_cast<uint32_t>(begin / 4);
+      if (k == 0)
+        fill_noise(p_.noise_dtype, draws_[k], counter, scratch_.noise[k], padded, ahead);
+      else
+        fill_noise(p_.noise_dtype, draws_[k], counter, scratch_.noise[k], padded);
     }
-    for (int k = 0; k < p_.draws; ++k)
-      if (p_.seeded && sources_[kNoise + k].used)
-        fill_noise(p_.noise_dtype, draws_[k], static_cast<uint32_t>(begin / 4), scratch_.noise[k],
-                   padded, k == 0 ? ahead : Ahead{});
     if (sources_[kVariance].used) make_scale(padded);
     if (sources_[kClamped].used) make_clamped(padded);
     const int copies = p_.model_input.data ? p_.model_input_copies : 0;
@@ -282,9 +289,10 @@ class StepKernel {
     source.here.data = const_cast<char*>(source.data) + element * source.size;
     if (!tail) return ahead.add(source.here.data, source.size);
     char* copy = scratch_.tail_in[k].bytes;
-    const size_t used = bytes(count, source.here.dtype);
-    memcpy(copy, source.here.data, used);
-    memset(copy + used, 0, bytes(kGroup, source.here.dtype) - used);
+    const int64_t used = count * source.size, end = kGroup * source.size;
+    for (int64_t i = used / kRegisterBytes * kRegisterBytes; i < end; i += kRegisterBytes)
+      store_vector(copy + i, Lanes::U{});
+    memcpy(copy, source.here.data, static_cast<size_t>(used));
     source.here.data = copy;
   }
 
@@ -321,22 +329,29 @@ class StepKernel {
   }
 
   void write(const Place* targets, const Place* inputs, int copies, int64_t padded) {
-    if (staged_) {  // every row of the block before any of it is stored
-      for (int r = 0; r < p_.outputs; ++r) write_row(r, place(scratch_.staged[r]), padded);
-      for (int r = 0; r < p_.outputs; ++r) {
-        for (int64_t i = 0; i < padded; i += kGroup) {
-          Group<T> value;
-          load_group(scratch_.staged[r] + i, value);
-          store_group(targets[r], i, value);
-        }
+    for (int r = 0; r < p_.outputs; ++r) write_row(r, made(r, targets[r]), padded);
+    if (copies > 0) {
+      const Place first = made(0, targets[0]), input{scratch_.input, p_.model_input.dtype};
+      if (!streams_input_) {
+        write_inputs(first, inputs, copies, padded);
+      } else {
+        write_inputs(first, &input, 1, padded);
+        for (int k = 0; k < copies; ++k)
+          stream_block(inputs[k].data, input.data, bytes(padded, input.dtype));
       }
-      if (copies > 0) write_inputs(targets[0], inputs, copies, padded);
-      return;
     }
     for (int r = 0; r < p_.outputs; ++r) {
-      write_row(r, targets[r], padded);
-      if (r == 0 && copies > 0) write_inputs(targets[0], inputs, copies, padded);
+      if (!staged_[r]) continue;
+      if (streams_[r])
+        stream_block(targets[r].data, scratch_.staged[r], bytes(padded, targets[r].dtype));
+      else
+        memcpy(targets[r].data, scratch_.staged[r], bytes(padded, targets[r].dtype));
     }
+  }
+
+  // Where row r is written first.
+  Place made(int r, const Place& target) const {
+    return staged_[r] ? Place{scratch_.staged[r], target.dtype} : target;
   }
 
   void write_row(int r, const Place& target, int64_t padded) const {
@@ -363,13 +378,12 @@ class StepKernel {
   const StepParams& p_;
   StepScratch<T>& scratch_;
   Source sources_[kSources];
-  bool overwrites_, staged_;
-  int64_t sample_ = -1;
+  bool staged_[kMaxOutputs], streams_[kMaxOutputs], streams_input_;
+  int64_t sample_ = -1, row_ = 0;
   T input_scale_, log_low_, log_high_, guidance_ = 0;
   Clamp<T> clamp_{};
   Sum<T> clamped_sum_{}, rows_[kMaxOutputs];
   UniformSum clamp_uniform_, uniform_[kMaxOutputs];
-  NoisySum noisy_;
   Draw draws_[kMaxDraws];
 };
 

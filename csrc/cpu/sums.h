@@ -97,12 +97,11 @@ struct Pack<bf16_t> {
   }
   template <bool kStream>
   static FD_HD void pack(bf16_t* p, const Lanes::F (&v)[2]) {
-    const Lanes::U even = round_to_bf16<Lanes::kCount>(v[0]);
-    const Lanes::U odd = round_to_bf16<Lanes::kCount>(v[1]);
+    const Lanes::U both = pack_in_turn(v[0], v[1]);
     if constexpr (kStream)
-      stream_vector(p, join_halves(even, odd));
+      stream_vector(p, both);
     else
-      store_vector(p, join_halves(even, odd));
+      store_vector(p, both);
   }
 };
 

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import collections
 import copy
-import importlib
 import io
 import random
 import sys
-import types
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.integrations.denoising_diffusion_pytorch import accelerate
 
-
-def imported():
-    """The package, with a stand-in for torchvision (which only its Trainer uses) while it loads."""
-    stand_ins = {}
-    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-        if name not in sys.modules:
-            stand_ins[name] = types.ModuleType(name)
-    if "torchvision" in stand_ins:
-        stand_ins["torchvision"].transforms = stand_ins["torchvision.transforms"]
-        stand_ins["torchvision"].utils = stand_ins["torchvision.utils"]
-    sys.modules.update(stand_ins)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("denoising_diffusion_pytorch")
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-
-
-ddp = imported()
+ddp = other_projects.denoising_diffusion_pytorch()
 upstream = sys.modules["denoising_diffusion_pytorch.denoising_diffusion_pytorch"]
 
 SHAPE = (3, 2, 4, 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.solvers.dpm_solver import dpm_solver
 from fastdiff.solvers.grid import grid
 from tests.conftest import load_helper
@@ -15,7 +16,7 @@ from tests.conftest import load_helper
 up = load_helper("diffusers_float64")
 mixture = load_helper("gaussian_mixture")
 linear = load_helper("linear_moments")
-k_diffusion = load_helper("k_diffusion_module")
+k_diffusion = other_projects.k_diffusion()
 
 T = 1000
 BETAS = np.linspace(1e-4, 0.02, T)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.solvers import dpmpp_sigma, edm
 from fastdiff.solvers.sigma_space import Denoiser, Levels, Tape, ancestral, levels_of
 from tests.conftest import load_helper
 
-UP = load_helper("k_diffusion_module").sampling
+UP = other_projects.k_diffusion().sampling
 mixture = load_helper("gaussian_mixture")
 
 BUILDERS = {name: getattr(edm, name) for name in edm.FORMULAS}

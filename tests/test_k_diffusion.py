@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.integrations import k_diffusion as K
 from fastdiff.integrations.k_diffusion import driver
 from fastdiff.solvers import dpmpp_sigma, edm
-from tests.conftest import load_helper
 
-upstream = load_helper("k_diffusion_module")
+upstream = other_projects.k_diffusion()
 UP = upstream.sampling
 
 # torchsde, on a query at the rounded end of its interval; upstream's own calls do the same.

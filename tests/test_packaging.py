@@ -114,7 +114,10 @@ def test_the_top_level_holds_only_the_agreed_names(checkout: Path) -> None:
     assert visible <= set(agreed.split())
 
 
-@pytest.mark.parametrize("name", ["kernels", "csrc"])
+LINKED = ("kernels", "csrc", "benchmarks")
+
+
+@pytest.mark.parametrize("name", LINKED)
 def test_the_package_links_to_the_top_level_folder(checkout: Path, name: str) -> None:
     assert os.readlink(checkout / "fastdiff" / name) == f"../{name}"
 
@@ -125,7 +128,9 @@ def test_wheel_is_pure_python_and_holds_one_top_level_package(wheel: Path) -> No
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastdiff"}
 
 
-@pytest.mark.parametrize(("folder", "suffixes"), [("kernels", {".py"}), ("csrc", SOURCES)])
+@pytest.mark.parametrize(
+    ("folder", "suffixes"), [("kernels", {".py"}), ("csrc", SOURCES), ("benchmarks", {".py"})]
+)
 def test_wheel_carries_every_source_of_the_linked_folder(
     checkout: Path, installed: Path, folder: str, suffixes: set[str]
 ) -> None:
@@ -144,13 +149,13 @@ def test_wheel_carries_every_python_file_data_file_and_the_typing_marker(
     expected = {
         path.relative_to(checkout).as_posix()
         for path in (checkout / "fastdiff").rglob("*")
-        if path.suffix in wanted and path.relative_to(checkout).parts[1] not in ("kernels", "csrc")
+        if path.suffix in wanted and path.relative_to(checkout).parts[1] not in LINKED
     }
     assert "fastdiff/py.typed" in expected
     held = {
         f"fastdiff/{name}"
         for name in files(installed / "fastdiff", wanted)
-        if name.split("/")[0] not in ("kernels", "csrc")
+        if name.split("/")[0] not in LINKED
     }
     assert held == expected
 
@@ -192,10 +197,9 @@ def test_every_tool_that_development_needs_has_a_pinned_version(
 
     lines = (checkout / ".ci" / "constraints.txt").read_text("utf-8").splitlines()
     pinned = {name(line) for line in lines if line and not line.startswith("#")}
-    not_for_development = {"fastdiff", "matplotlib"}
     without_needs = {"k-diffusion", "denoising-diffusion-pytorch"}  # installed by the Makefile
     needs = {name(need) for need in metadata(installed).get_all("Requires-Dist")}
-    assert pinned == (needs - not_for_development) | without_needs
+    assert pinned == (needs - {"fastdiff"}) | without_needs
 
 
 def test_version_of_the_package_is_the_version_of_the_wheel(
@@ -214,6 +218,17 @@ def test_kernels_import_under_the_name_fastdiff_kernels(
     tree = request.getfixturevalue(where)
     (file,) = output("import fastdiff.kernels as k; print(k.__file__)", tmp_path, tree)
     assert Path(file) == tree / "fastdiff" / "kernels" / "__init__.py"
+
+
+@pytest.mark.parametrize("where", ["checkout", "installed"])
+def test_benchmarks_list_their_cases(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    code = (
+        "from fastdiff.cli import main; main(['bench', '--list', '--only', 'limits/one element'])"
+    )
+    lines = output(code, tmp_path, request.getfixturevalue(where))
+    assert lines == ["limits/one element, 1 thread, warm memory"]
 
 
 def test_using_the_folder_as_top_level_kernels_says_what_to_do(checkout: Path) -> None:

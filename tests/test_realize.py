@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.ops.exp import exp
 from fastdiff.ops.quantile import threshold_of
 from fastdiff.tracing import NotAffineError, Recorder
@@ -355,7 +356,7 @@ def test_the_history_of_a_runge_kutta_warm_up_is_well_conditioned():
     assert np.abs(plan.A).max() == pytest.approx(1.37, abs=0.01)
 
 
-K = load_helper("k_diffusion_module").sampling
+K = other_projects.k_diffusion().sampling
 LADDER = K.get_sigmas_karras(8, 0.05, 20.0).double()
 FUNCTIONS = {  # k-diffusion's, closed loop, 8 steps
     "euler": [0] * 7, "euler_ancestral": [0] * 7, "heun": [1, 0] * 7, "dpm_2": [1, 0] * 7,

@@ -18,11 +18,12 @@ import torch
 
 import fastdiff as fd
 from fastdiff import solvers
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.tracing.trace import trace_scheduler
 from tests.conftest import load_helper
 
 up = load_helper("diffusers_float64")
-k_diffusion = load_helper("k_diffusion_module").sampling
+k_diffusion = other_projects.k_diffusion().sampling
 
 SCHEDULE = fd.schedules.linear(1000)
 BETAS = np.linspace(1e-4, 0.02, 1000)

@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from fastdiff.tracing import NotAffineError
 from fastdiff.tracing.trace import TraceNotes, trace_scheduler
 from tests.conftest import load_helper
 
 runs = load_helper("scheduler_runs")
 SHAPE, draws, randn, relative = runs.SHAPE, runs.draws, runs.randn, runs.relative
-K = load_helper("k_diffusion_module").sampling
+K = other_projects.k_diffusion().sampling
 pytestmark = runs.UPSTREAM_WARNINGS
 
 EPS32 = 2.0**-24

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff as fd
+from fastdiff.benchmarks import upstream as other_projects
 from tests.conftest import load_helper
 
 runs = load_helper("scheduler_runs")
-K = load_helper("k_diffusion_module").sampling
+K = other_projects.k_diffusion().sampling
 SHAPE, draws, randn, relative = runs.SHAPE, runs.draws, runs.randn, runs.relative
 
 BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")

@@ -1,0 +1,1 @@
+"""What is measured against what: the cases of `fastdiff bench` and of `pytest benchmarks/`."""

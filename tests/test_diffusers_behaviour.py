@@ -339,6 +339,20 @@ class Halved(diffusers.DPMSolverMultistepScheduler):
         return super().convert_model_output(0.5 * model_output, *args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [DDIM, *HISTORY, Case("LCMScheduler"), Case("KDPM2DiscreteScheduler")],
+    ids=lambda case: case.name,
+)
+def test_what_a_run_leaves_behind_does_not_cost_a_second_trace(case):
+    scheduler, plans = accelerate(case.cls(**case.config)), []
+    for _ in range(2):
+        scheduler.set_timesteps(7)
+        loop(scheduler)
+        plans.append(dc.plan_of(scheduler))
+    assert plans[0] is not None and plans[0] is plans[1]
+
+
 class Squashed(diffusers.DPMSolverMultistepScheduler):
     """Not affine: runs upstream's own step."""
 

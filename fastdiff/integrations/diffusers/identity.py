@@ -16,7 +16,11 @@ __all__ = ["Cache", "digest"]
 
 T = TypeVar("T")
 # What a run changes, and what does not decide the numbers.
-_LEFT_OUT = {"_step_index", "_begin_index", "_internal_dict", "noise_sampler"}
+_LEFT_OUT = {
+    "_step_index", "_begin_index", "_internal_dict", "noise_sampler", "timestep_list", "this_order",
+    "this_predictor_order", "this_corrector_order", "last_noise", "is_scale_input_called",
+    "sigma_data",
+}  # fmt: skip
 
 
 class Cache(Generic[T]):
@@ -47,6 +51,8 @@ def digest(scheduler: Any) -> str:
     """Hash of a scheduler's configuration, tables, timesteps and settings."""
     state = hashlib.sha256(repr(sorted(scheduler.config.items(), key=str)).encode())
     for name, value in sorted(vars(scheduler).items()):
+        if value is None:
+            continue  # as good as not there, which it is before the first run
         if name not in _LEFT_OUT and not name.startswith("_fastdiff"):
             state.update(name.encode())
             state.update(_bytes(value))

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff import cli
 from fastdiff.backends import build as builder
 from fastdiff.backends import toolchain
 from fastdiff.backends.build import BuildError, Source, Target, build
@@ -534,7 +535,9 @@ def test_cpu_kernels_are_compiled_per_isa_and_code_for_every_machine_is_linked_f
     monkeypatch.setattr(builder.platform, "machine", lambda: machine)
     target = builder.cpu_target()
     levels = [source.suffix for source in target.sources if source.path == "cpu/kernels.cpp"]
-    assert levels == (["portable", "avx2", "avx512"] if machine == "x86_64" else ["portable"])
+    assert levels == (
+        ["portable", "avx2", "avx512", "avx512_bf16"] if machine == "x86_64" else ["portable"]
+    )
     needs_isa = [any("-march" in flag for flag in source.flags) for source in target.sources]
     assert needs_isa == sorted(needs_isa)
     have = {flag for flag in target.flags if flag.startswith("-DFASTDIFF_HAVE_")}
@@ -566,6 +569,8 @@ def test_cuda_architectures_from_argument_environment_and_gpus(monkeypatch):
 
     monkeypatch.delenv("FASTDIFF_CUDA_ARCHS")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BuildError, match="--cuda-archs"):
+        builder.cuda_target([])
     with pytest.raises(BuildError, match="FASTDIFF_CUDA_ARCHS"):
         builder.cuda_target()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -575,3 +580,40 @@ def test_cuda_architectures_from_argument_environment_and_gpus(monkeypatch):
         "arch=compute_86,code=sm_86",
         "arch=compute_90,code=sm_90",
     ]
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "served"),
+    [
+        (["80", "90"], (8, 0), True),
+        (["80", "90"], (8, 9), True),  # machine code of sm_80
+        (["80", "90"], (12, 0), True),  # PTX of sm_90
+        (["80", "90"], (7, 5), False),
+        (["90", "100"], (8, 6), False),
+        (["86", "90"], (8, 0), False),
+        (["90a"], (9, 0), True),
+        (["80", "100a", "120"], (10, 3), False),
+    ],
+)
+def test_a_gpu_that_the_cuda_library_is_not_for_is_told_which_are(archs, capability, served):
+    reason = builder.not_served(archs, capability)
+    assert (reason is None) == served
+    if reason is not None:
+        name = "{}.{}".format(*capability)
+        assert all(f"sm_{arch}" in reason for arch in archs)
+        assert f'add "{name}" to FASTDIFF_CUDA_ARCHS' in reason
+
+
+def test_cuda_library_is_built_for_a_list_of_architectures_without_a_gpu(monkeypatch, capsys):
+    asked: list[Target] = []
+
+    def record(target: Target, **options: bool) -> Path:
+        asked.append(target)
+        return Path(target.name)
+
+    monkeypatch.setattr(builder, "build", record)
+    assert cli.main(["build", "--cuda-archs", "9.0, 8.0"]) == 0
+    assert capsys.readouterr().out.split() == ["native_cpu", "native_cuda"]
+    assert asked[1] == builder.cuda_target(["80", "90"])
+    assert cli.main(["build", "--cuda-archs", "nine"]) == 2
+    assert "argument --cuda-archs: CUDA architecture 'nine'" in capsys.readouterr().err

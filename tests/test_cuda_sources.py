@@ -6,7 +6,6 @@ for each architecture, where registers, spills, access widths and instructions a
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import re
@@ -17,17 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from fastdiff.backends import build
 from fastdiff.backends.toolchain import find_compiler
+from fastdiff.ops.schemas import SCHEMAS
 from fastdiff.ops.step import HEADER, StepSpec
+from fastdiff.profiling import sass
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HERE = Path(__file__).parent
 CSRC = build.source_root()
-ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+ARCHS = ("75", "80", "86", "89", "90", "100", "103", "120")
 
 
 # ---- on the host, against the reference
@@ -169,7 +169,7 @@ STRUCTURES = (
     (0b1101, 3, 1),
     (0b101, 3, 0),
 )
-TYPES = ((F32, F32), (BF16, BF16), (F32, BF16), (F16, F16))
+TYPES = ((F32, F32), (BF16, BF16), (F32, BF16), (F16, F16), (F32, F16), (BF16, F16))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -186,6 +186,41 @@ def test_the_usual_steps(both: Any, structure: Any, state: torch.dtype, model: t
                     spec, seed, 3, n, models, state=state, model=model, zeros=zeros,
                     copies=seed % 3, uniform=seed % 5 == 0, offset=seed % 7 == 0,
                 ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask", "clamp", "inside"), [(0b0011, None, False), (0b101, 3, True)])
+@pytest.mark.parametrize("model", [F32, BF16])
+def test_guidance_matters_only_to_rows_that_use_the_model(
+    both: Any, mask: int, clamp: int | None, inside: bool, model: torch.dtype
+) -> None:
+    spec = StepSpec(1, (mask,), clamp, 0)
+    case = Case(spec, 3, 2, 264, 2, model=model)
+    case.rows = torch.tensor([1, 2])
+    case.table[1, len(HEADER) + (1 if inside else spec.columns)] = 0.0
+    case.guidance = torch.tensor([torch.inf, 2.0])
+
+    def finite(step: Any, written: list[Tensor]) -> None:
+        case(step, written)
+        assert written[0].isfinite().all()
+
+    both("step", finite)
+
+
+def test_threads_that_take_several_chunks_of_several_samples(both: Any) -> None:
+    """The host has 2 x 6 places for blocks of 2048 elements: 50 of them make several each."""
+    for n, types in ((51_204, (F32, F32)), (51_208, (BF16, BF16)), (51_208, (F32, F16))):
+        for structure, models in ((STRUCTURES[0], 0), (STRUCTURES[3], 2), (STRUCTURES[1], 2)):
+            mask, clamp, draws = structure
+            if models == 0 and types[0] != types[1]:
+                continue
+            spec = StepSpec(1, (mask,), clamp, draws, types[0])
+            both("step", Case(spec, n, 2, n, models, state=types[0], model=types[1], copies=2))
+
+
+def test_more_samples_than_a_grid_has_rows(both: Any) -> None:
+    """Eight samples a block and 65535 rows of blocks: the others are in the grid's z."""
+    batch = 8 * 65535 + 9
+    both("step", Case(StepSpec(1, (0b1001,), None, 1), 5, batch, 4))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -274,6 +309,21 @@ def test_no_access_outside_of_tensors_or_off_their_alignment(tmp_path: Path) -> 
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_fast_noise_is_within_its_bound_at_the_documented_errors(tmp_path: Path) -> None:
+    """The special function unit modelled on the host, each of its errors at its largest."""
+    program = tmp_path / "check"
+    command = [
+        *find_compiler("c++").command, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror",
+        "-ffp-contract=off", "-DFASTDIFF_CUDA_HOST", "-DFASTDIFF_MODEL_FAST", f"-I{CSRC}",
+        str(HERE / "fast_noise_check.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    largest, share_far = map(float, said.split())
+    assert 1e-4 < largest <= 4e-4  # less than that would be the exact normals
+    assert share_far <= 2e-5
+
+
 # ---- compiled by nvcc
 
 
@@ -285,93 +335,87 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
-def sass() -> Any:
-    specification = importlib.util.spec_from_file_location("sass", HERE / "sass.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["sass"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def library() -> Path:
     """The CUDA library for every architecture; built once for these sources, then cached."""
     nvcc()
     return build.build(build.cuda_target(ARCHS))
 
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
 def most_registers(kernel: str, arch: str) -> int:
     """The bound that a kernel's launch leaves it on an architecture; see csrc/cuda/launch.cuh."""
-    if arch == "75":
-        return 128 if kernel == "step_kernel<8>" else 64
-    if kernel.startswith(("step_kernel", "chain_kernel")):
-        return 128 if kernel == "step_kernel<8>" else 64
-    plain = re.fullmatch(r"plain_kernel<Plain<(\w+), (\w+), (\w+), (\w+), (\w+), (\w+)>>", kernel)
+    if kernel in ("step_kernel<2>", "step_kernel<8>"):
+        return 80 if "2" in kernel else 128
+    if arch == "75" or kernel.startswith(("step_kernel", "chain_kernel")):
+        return 64
+    if kernel.startswith("randn_kernel") and kernel.endswith("false>"):
+        return 40
+    plain = re.fullmatch(r"plain_kernel<Plain<(\w+), (\w+), (\d), (\w+), (\w+), (\w+)>>", kernel)
     if plain:
-        _, model, reads_model, clamp, _, fast = plain.groups()
-        narrow = model == "bf16_t"
-        if clamp == "true":
-            return 48 if narrow or fast == "true" else 40
-        if narrow and fast == reads_model == "true":
-            return 40
+        _, model, models, clamp, noise, fast = plain.groups()
+        if noise == "true" and models != "0" and model != "float":
+            if models == "2" and clamp == "true":
+                return 48
+            if models == "2" or fast == "false":
+                return 40
     return 32 if arch in ("80", "90", "100") else 40
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_stay_in_their_registers(library: Path, sass: Any, arch: str) -> None:
-    kernels = sass.resources(CUOBJDUMP, library, arch)
-    assert len(kernels) > 30
-    for name, used in kernels.items():
-        assert used.stack == 0, f"{name} spills {used.stack} bytes"
-        assert used.registers <= most_registers(name, arch), (name, used.registers)
+def test_kernels_stay_in_their_registers(library: Path, arch: str) -> None:
+    kernels = sass.read(library, f"sm_{arch}")
+    assert len(kernels) > 70
+    for name, kernel in kernels.items():
+        assert kernel.stack == 0, f"{name} spills {kernel.stack} bytes"
+        assert kernel.registers <= most_registers(name, arch), (name, kernel.registers)
 
 
 def test_exact_kernels_contract_nothing(library: Path) -> None:
-    # PTX has no square root by parts: any fma is a contraction, but for the exact one beside each
-    # approximate logarithm of noise="fast".
-    text = subprocess.run(
-        [CUOBJDUMP, "-ptx", library], check=True, capture_output=True, text=True
-    ).stdout
-    kernels = text.split(".entry ")[1:]
-    assert len(kernels) > 30
+    # PTX has no square root by parts: any fma is a contraction, but for the two, each rounding only
+    # once, beside each approximate logarithm of noise="fast".
+    kernels = sass.ptx(library)
+    assert len(kernels) > 70
     exact = 0
     for kernel in kernels:
         fused, logarithms = kernel.count("fma.rn.f32"), kernel.count("lg2.approx")
-        assert fused == logarithms
+        assert fused == 2 * logarithms
         if not logarithms:
             exact += 1
             assert not re.search(r"\bfma\b|\.approx|\.ftz|div\.full", kernel)
-    assert exact > 15
+    assert exact > 40
 
 
-# What eight elements take: 128-bit loads and stores, roots or logarithms (one for two normals),
-# and the additions of guidance and of the sum, which tell guided from unguided.
-LOAD, STORE, ROOT, ADD = r"LDG\.E\.128(?!\.CONST)", r"STG\.E\.128", r"MUFU\.(RSQ|LG2)", r"FADD"
-# Template arguments (state, model, reads model, clamps, draws, fast); counts of these four for
+# What eight elements take: 128-bit loads and stores, roots or logarithms (one for two normals).
+LOAD, STORE, ROOT = r"LDG\.E\.128(?!\.CONST)", r"STG\.E\.128", r"MUFU\.(RSQ|LG2)"
+# Template arguments (state, model, model outputs, clamps, draws, fast); counts of these three for
 # eight elements; instructions per element on sm_90 in the loop, and with what a thread does once.
 COSTS = {
-    "q_sample float32": ("float, float, false, false, true, false", (2, 2, 4, 0), 58, 68),
-    "q_sample float32 fast": ("float, float, false, false, true, true", (2, 2, 4, 0), 38, 47),
-    "q_sample bfloat16": ("bf16_t, bf16_t, false, false, true, false", (1, 1, 4, 0), 60, 70),
-    "ddpm float32": ("float, float, true, false, true, false", (4, 2, 4, 0), 65, 75),
-    "ddpm clipped float32": ("float, float, true, true, true, false", (4, 2, 4, 0), 76, 87),
-    "ddim guided float32": ("float, float, true, false, false, false", (6, 2, 0, 24), 16, 25),
-    "ddim guided bfloat16": ("bf16_t, bf16_t, true, false, false, false", (3, 1, 0, 24), 16, 25),
+    "q_sample float32": ("float, float, 0, false, true, false", (2, 2, 4), 51, 66),
+    "q_sample float32 fast": ("float, float, 0, false, true, true", (2, 2, 4), 29, 44),
+    "q_sample bfloat16": ("bf16_t, bf16_t, 0, false, true, false", (1, 1, 4), 51, 67),
+    "q_sample bfloat16 fast": ("bf16_t, bf16_t, 0, false, true, true", (1, 1, 4), 30, 46),
+    "ddpm float32": ("float, float, 1, false, true, false", (4, 2, 4), 54, 70),
+    "ddpm float32 fast": ("float, float, 1, false, true, true", (4, 2, 4), 33, 49),
+    "ddpm bfloat16 fast": ("bf16_t, bf16_t, 1, false, true, true", (2, 1, 4), 34, 50),
+    "ddpm clipped float32": ("float, float, 1, true, true, false", (4, 2, 4), 61, 79),
+    "ddpm clipped float32 fast": ("float, float, 1, true, true, true", (4, 2, 4), 40, 58),
+    "ddim guided float32": ("float, float, 2, false, false, false", (6, 2, 0), 10, 21),
+    "ddim guided bfloat16": ("bf16_t, bf16_t, 2, false, false, false", (3, 1, 0), 12.5, 23),
+    "ddim guided float16": ("f16_t, f16_t, 2, false, false, false", (3, 1, 0), 12.75, 23),
 }
 
 
+@pytest.fixture(scope="session")
+def sm_90(library: Path) -> dict[str, sass.Kernel]:
+    return sass.read(library, "sm_90")
+
+
 @pytest.mark.parametrize("case", COSTS)
-def test_instructions_per_element(library: Path, sass: Any, case: str) -> None:
+def test_instructions_per_element(sm_90: dict[str, sass.Kernel], case: str) -> None:
     template, counts, per_element, with_start = COSTS[case]
-    kernels = sass.instructions(CUOBJDUMP, library, "90")
-    code = kernels[f"plain_kernel<Plain<{template}>>"]
-    patterns = (LOAD, STORE, ROOT, ADD)
-    whole = sass.cheapest_path(code, dict(zip(patterns, counts, strict=True)))
-    doubled = {pattern: 2 * count for pattern, count in zip(patterns, counts, strict=True)}
-    twice = sass.cheapest_path(code, doubled)
+    code = sm_90[f"plain_kernel<Plain<{template}>>"].code
+    chunk = dict(zip((LOAD, STORE, ROOT), counts, strict=True))
+    whole = len(sass.cheapest_path(code, chunk))
+    twice = len(sass.cheapest_path(code, {pattern: 2 * count for pattern, count in chunk.items()}))
     assert (twice - whole) / 8 <= per_element
     assert whole / 8 <= with_start
 
@@ -393,3 +437,50 @@ def test_the_binding_compiles_for_cuda_tensors() -> None:
          f"-isystem{include[1]}", str(CSRC / binding.path)],
         check=True,
     )  # fmt: skip
+
+
+# Run in a process of its own, since it registers the kernels of GPU tensors: the library, with a
+# stand-in for what a CPU build of PyTorch does not have.
+LOADS = """
+import ctypes, sys
+import torch
+import fastdiff.backends.native  # defines the operations
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+for name in sys.argv[3:]:
+    print(name, torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff_native::{name}", "CUDA"))
+"""
+STREAM = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
+
+
+def test_the_library_loads_and_serves_tensors_of_gpus(library: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this PyTorch has the real stream function")
+    stub = tmp_path / "stub.so"
+    subprocess.run(
+        [*find_compiler("c++").command, "-shared", "-fPIC", "-x", "c", "-", "-o", str(stub)],
+        input=STREAM, text=True, check=True,
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", LOADS, str(stub), str(library), *SCHEMAS],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [word for name in SCHEMAS for word in (name, "True")]
+
+
+def test_without_a_gpu_launches_end_with_an_error(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    program = tmp_path / "check"
+    command = [
+        nvcc(), "-std=c++17", "-fmad=false", "-arch=sm_90", "-cudart", "static",
+        f"-I{CSRC}", "-diag-suppress=128", str(CSRC / "cuda" / "kernels.cu"),
+        str(HERE / "cuda_launch_check.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    nothing_to_do, *launches = map(int, said.split())
+    assert nothing_to_do == 0
+    no_device, old_driver, no_driver = 100, 35, 34
+    assert len(launches) == 3 and set(launches) <= {no_device, old_driver, no_driver}

@@ -49,6 +49,32 @@ const T* data(const std::optional<Tensor>& tensor) {
 // (B,) steps by 1 through the batch, (1,) stays.
 int64_t batch_stride(const Tensor& tensor) { return tensor.numel() > 1 ? 1 : 0; }
 
+#if defined(FASTDIFF_CUDA)
+// What went wrong with a launch, and what to do about it.
+std::string failure(cudaError_t error, int device) {
+  std::string text = std::string("the CUDA kernel did not start: ") + cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion: {
+      int major = 0, minor = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+      const std::string gpu = std::to_string(major) + "." + std::to_string(minor);
+      return text + "; the native library was built for other GPUs than this one: run `fastdiff " +
+             "build --cuda-archs \"" + gpu + "\"` and set FASTDIFF_CUDA_ARCHS=\"" + gpu + "\"";
+    }
+    case cudaErrorInsufficientDriver:
+    case cudaErrorSystemDriverMismatch:
+      return text + "; the NVIDIA driver is older than the CUDA toolkit of the native library: " +
+             "update the driver, or name an older toolkit in CUDA_HOME and run `fastdiff build`";
+    case cudaErrorNoDevice:
+      return text + "; make a GPU visible (CUDA_VISIBLE_DEVICES), or choose backend=\"reference\"";
+    default:
+      return text;
+  }
+}
+#endif
+
 // Runs a launcher on the device and current stream of `where`.
 template <class Params>
 void launch(int (*launcher)(const Params&, void*), const Params& params, const Tensor& where) {
@@ -59,8 +85,7 @@ void launch(int (*launcher)(const Params&, void*), const Params& params, const T
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launcher(params, stream);
-  STD_TORCH_CHECK(error == 0,
-                  "kernel launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+  STD_TORCH_CHECK(error == 0, failure(static_cast<cudaError_t>(error), device));
 #else
   (void)where;
   launcher(params, nullptr);

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocksGeneral)
   if (b >= p.batch) return;
   const int64_t plane = p.batch * p.n, offset = b * p.n;
   const float* const table = static_cast<const float*>(p.table);
-  Draw draw{p.seed, p.sample_offset, p.keys, b, 0, kChainStream};
+  const NoiseKey key = noise_key(p.keys, p.seed, p.sample_offset, b);
   for_each_chunk<L>(p.n, aligned, [&](auto layout, const Chunk& chunk) {
     using Part = decltype(layout);
     float x[Part::kWidth];
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocksGeneral)
         if (p.noise.data) {
           load_operand<Part>(p.noise, t * plane + offset, chunk, z);
         } else {
-          draw.step = static_cast<uint32_t>(t);
+          const Draw draw = Draw::of(key, static_cast<uint32_t>(t), kChainStream);
           FD_UNROLL
           for (int g = 0; g < Part::kGroups; ++g) {
             normal_block(p.fast, draw, chunk.block + g, z + 4 * g);

@@ -10,7 +10,7 @@
 
 #if defined(FASTDIFF_CUDA_HOST)
 #define FD_LAUNCH(kernel, grid, stream, ...) \
-  ((void)(stream), fd_launch_on_host(kernel, (grid).blocks, (grid).threads, __VA_ARGS__))
+  ((void)(stream), fd_launch_on_host<kernel>((grid).blocks, (grid).threads, __VA_ARGS__))
 #else
 #define FD_LAUNCH(kernel, grid, stream, ...) \
   (kernel<<<(grid).blocks, (grid).threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
@@ -46,6 +46,11 @@ constexpr int64_t kMostSamples = int64_t{1} << 31, kMostElements = int64_t{1} <<
 
 bool fits(int64_t batch, int64_t n) { return batch <= kMostSamples && n <= kMostElements; }
 
+// Entries of a table are counted in 32 bits too.
+bool fits(const StepParams& p) {
+  return fits(p.batch, p.n) && p.table_rows < kMostSamples / p.table_width;
+}
+
 // A step in which all samples are treated alike is one long sample: elements of neighbouring
 // samples share a 128-bit access even where samples are not multiples of it.
 StepParams flattened(StepParams p) {
@@ -69,28 +74,41 @@ int start_step(const StepParams& p, bool aligned, void* stream) {
 template <class P>
 int start_plain(const StepParams& p, void* stream) {
   const Grid grid = make_grid(p.batch, p.n, P::L::kWidth);
-  FD_LAUNCH(plain_kernel<P>, grid, stream, p);
+  PlainParams params;
+  params.step = p;
+  params.last = static_cast<uint32_t>(p.n / 4 - 1);
+  params.stride = grid.blocks.x * grid.threads.x * P::L::kGroups;
+  params.copy = p.batch * p.n * static_cast<int64_t>(sizeof(typename P::Model));
+  FD_LAUNCH(plain_kernel<P>, grid, stream, params);
   return cudaGetLastError();
 }
 
-template <class State, class Model, bool kModel, bool kClamp>
+template <class Action>
+int with_bool(bool value, Action action) {
+  return value ? action(std::true_type()) : action(std::false_type());
+}
+
+template <class State, class Model, int kModels, bool kClamp>
 int start_plain_noise(const StepParams& p, void* stream) {
-  if constexpr (kModel) {
-    if (p.draws == 0) {
-      return start_plain<Plain<State, Model, kModel, kClamp, false, false>>(p, stream);
-    }
+  if constexpr (kModels > 0) {
+    if (p.draws == 0)
+      return start_plain<Plain<State, Model, kModels, kClamp, false, false>>(p, stream);
   }
-  return p.fast ? start_plain<Plain<State, Model, kModel, kClamp, true, true>>(p, stream)
-                : start_plain<Plain<State, Model, kModel, kClamp, true, false>>(p, stream);
+  return with_bool(p.fast, [&](auto fast) {
+    return start_plain<Plain<State, Model, kModels, kClamp, true, fast()>>(p, stream);
+  });
 }
 
 template <class State, class Model>
 int start_plain_typed(const StepParams& p, void* stream) {
   if constexpr (std::is_same<State, Model>::value) {
-    if (p.model_outputs == 0) return start_plain_noise<State, Model, false, false>(p, stream);
+    if (p.model_outputs == 0) return start_plain_noise<State, Model, 0, false>(p, stream);
   }
-  return p.clamp_mask < 0 ? start_plain_noise<State, Model, true, false>(p, stream)
-                          : start_plain_noise<State, Model, true, true>(p, stream);
+  return with_bool(p.model_outputs == 2, [&](auto guided) {
+    return with_bool(p.clamp_mask >= 0, [&](auto clamp) {
+      return start_plain_noise<State, Model, guided() ? 2 : 1, clamp()>(p, stream);
+    });
+  });
 }
 
 // Whether plain.cuh covers the structure of the step.
@@ -112,7 +130,7 @@ int launch_step(const StepParams& params, void* stream) {
   if (params.table_dtype != DType::f32 || for_each_operand(params, is_f64)) {
     return cudaErrorNotSupported;
   }
-  if (!fits(params.batch, params.n)) return cudaErrorInvalidValue;
+  if (!fits(params)) return cudaErrorInvalidValue;
   StepParams p = flattened(params);
   if (!p.model_input.data) p.model_input_copies = 0;
   const bool aligned = !for_each_operand(p, [&](const Operand& operand) {
@@ -125,11 +143,19 @@ int launch_step(const StepParams& params, void* stream) {
     if (state == DType::f32 && model == DType::f32 && p.n % 4 == 0) {
       return start_plain_typed<float, float>(p, stream);
     }
-    if (state == DType::bf16 && model == DType::bf16 && p.n % 8 == 0) {
-      return start_plain_typed<bf16_t, bf16_t>(p, stream);
-    }
-    if (state == DType::f32 && model == DType::bf16 && p.n % 8 == 0) {
-      return start_plain_typed<float, bf16_t>(p, stream);
+    if (p.n % 8 == 0) {
+      if (state == DType::f32 && model == DType::bf16) {
+        return start_plain_typed<float, bf16_t>(p, stream);
+      }
+      if (state == DType::f32 && model == DType::f16) {
+        return start_plain_typed<float, f16_t>(p, stream);
+      }
+      if (state == DType::bf16 && model == DType::bf16) {
+        return start_plain_typed<bf16_t, bf16_t>(p, stream);
+      }
+      if (state == DType::f16 && model == DType::f16) {
+        return start_plain_typed<f16_t, f16_t>(p, stream);
+      }
     }
   }
   if (p.outputs <= 1) return start_step<1>(p, aligned, stream);

@@ -7,30 +7,52 @@ namespace fastdiff {
 
 constexpr int kThreads = 256;  // a block, everywhere: 8 warps divide every occupancy below evenly
 
-// What is known of a GPU, by compute capability.
+// What is known of a GPU, by compute capability. Nothing here has been measured: bandwidth and
+// multiprocessors are published figures, of the member of the family with the most bandwidth for
+// each multiprocessor.
 struct Policy {
   int capability;
-  int resident_blocks;   // of kThreads, an SM: its thread limit, which also bounds the registers
-  int tiles_per_thread;  // chunks a thread works through once the GPU is full
+  int resident_blocks;   // of kThreads an SM; 65536 / kThreads / resident_blocks registers each
+  int tiles_per_thread;  // at most, once the GPU is full
+  int gigabytes_per_second, multiprocessors;
+
+  // Bytes that an SM must have asked for at any time to keep memory busy: Little's law.
+  constexpr int bytes_in_flight() const {
+    return static_cast<int>(kLatency * gigabytes_per_second / multiprocessors);
+  }
+  static constexpr int64_t kLatency = 800;  // ns from load to use under load: assumed, not measured
 };
 
-// resident_blocks is threads per SM / kThreads; 65536 registers / (kThreads * resident_blocks) is
-// the register bound that __launch_bounds__ then gives the compiler. Tiles: the work before the
-// first load (row, coefficients, keys: about 50 instructions) is paid once per thread.
+// resident_blocks is threads an SM / kThreads, but for 10.3, where the compiler (nvcc 13.0) needs
+// up to 40 registers for what takes 32 elsewhere. Tiles: the work before the first load (row,
+// coefficients, keys: 80 to 120 instructions) is paid once per thread.
 constexpr Policy kPolicies[] = {
-    {75, 4, 4},   // 1024 threads: up to 64 registers
-    {80, 8, 4},   // 2048 threads: 32 registers
-    {86, 6, 4},   // 1536 threads: 40 registers
-    {87, 6, 4},   // as 86
-    {89, 6, 4},   // as 86; memory is so far behind arithmetic that nothing else matters
-    {90, 8, 4},   // 2048 threads: 32 registers
-    {100, 8, 4},  // 2048 threads: 32 registers
-    {103, 8, 4},  // as 100
-    {110, 6, 4},  // 1536 threads: 40 registers
-    {120, 6, 4},  // 1536 threads: 40 registers
-    {121, 6, 4},  // as 120
+    {75, 4, 8, 320, 40},     // T4; 1024 threads an SM, up to 64 registers each
+    {80, 8, 8, 2039, 108},   // A100 80 GB SXM; 2048 threads, 32 registers
+    {86, 6, 8, 936, 82},     // RTX 3090; 1536 threads, 40 registers
+    {87, 6, 8, 205, 16},     // Jetson AGX Orin
+    {89, 6, 8, 1008, 128},   // RTX 4090
+    {90, 8, 8, 4800, 132},   // H200
+    {100, 8, 8, 8000, 148},  // B200
+    {103, 6, 8, 8000, 148},  // B300
+    {110, 6, 8, 273, 20},    // Jetson AGX Thor
+    {120, 6, 8, 1792, 170},  // RTX 5090
+    {121, 6, 8, 273, 48},    // GB10
 };
-constexpr Policy kUnknown = {0, 6, 4};  // 40 registers fit the thread limit of every GPU so far
+constexpr Policy kUnknown = {0, 6, 8, 8000,
+                             148};  // 40 registers fit every GPU's thread limit so far
+
+// Every thread has a 128-bit load under way before it computes, and most have two.
+constexpr bool covers_latency(const Policy& policy) {
+  return policy.resident_blocks * kThreads * 32 >= policy.bytes_in_flight();
+}
+constexpr bool all_cover_latency() {
+  for (const Policy& row : kPolicies) {
+    if (!covers_latency(row)) return false;
+  }
+  return covers_latency(kUnknown);
+}
+static_assert(all_cover_latency(), "fewer bytes in flight than the memory needs");
 
 constexpr Policy policy_of(int capability) {
   for (const Policy& row : kPolicies) {
@@ -114,8 +136,9 @@ inline const Policy& current_policy(int& multiprocessors) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Small samples share a block (its y); large ones are cut into tiles, several to a thread when
-// there are more than the GPU holds at once.
+// Small samples share a block (its y); large ones are cut into tiles. Once there are two for every
+// place on the GPU a thread works through several, so many that the last wave of blocks is full
+// too.
 inline Grid make_grid(int64_t batch, int64_t n, int width) {
   int multiprocessors = 1;
   const Policy& policy = current_policy(multiprocessors);
@@ -126,8 +149,11 @@ inline Grid make_grid(int64_t batch, int64_t n, int width) {
   const int64_t rows = ceil_div(batch, samples);
   const int64_t resident = static_cast<int64_t>(multiprocessors) * policy.resident_blocks;
   const int64_t rows_y = rows < kMaxRows ? rows : kMaxRows;
-  int64_t loops = tiles * rows / resident;
-  loops = loops < 1 ? 1 : (loops > policy.tiles_per_thread ? policy.tiles_per_thread : loops);
+  int64_t loops = 1;
+  if (tiles * rows >= 2 * resident) {
+    const int64_t waves = ceil_div(tiles * rows, resident * policy.tiles_per_thread);
+    loops = ceil_div(tiles * rows, resident * waves);
+  }
   Grid grid;
   grid.blocks = dim3(static_cast<unsigned>(ceil_div(tiles, loops)), static_cast<unsigned>(rows_y),
                      static_cast<unsigned>(ceil_div(rows, rows_y)));

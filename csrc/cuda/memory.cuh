@@ -24,6 +24,19 @@ __device__ __forceinline__ T hidden(T value) {
   return value;
 }
 
+// A value that all threads of a warp have, in a uniform register: there it takes none of each
+// thread, and what is computed from it is computed once for the warp. All 32 threads must be here.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(0xffffffffu, value);
+#else
+  return value;
+#endif
+}
+__device__ __forceinline__ float uniform(float value) {
+  return bit_cast<float>(uniform(bit_cast<uint32_t>(value)));
+}
+
 // Where the elements of a thread lie, in Philox blocks of four neighbours. Side by side: 8 elements
 // are 128 bits of a 16-bit type. Split (float32): the second four lie one warp-row further, so that
 // each 128-bit instruction of a warp covers 512 contiguous bytes.

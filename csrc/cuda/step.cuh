@@ -12,12 +12,14 @@ namespace fastdiff {
 // One row of the coefficient table; outside the table every entry is NaN.
 struct Row {
   const float* entries;
-  int64_t index;
+  uint32_t index;
 
   static __device__ __forceinline__ Row of(const StepParams& p, uint32_t b) {
-    const int64_t index = __ldg(p.rows + b * p.rows_stride);
-    const bool inside = index >= 0 && index < p.table_rows;
-    return {inside ? static_cast<const float*>(p.table) + index * p.table_width : nullptr, index};
+    const int64_t index = __ldg(p.rows + (p.rows_stride ? b : 0));
+    const bool inside = static_cast<uint64_t>(index) < static_cast<uint64_t>(p.table_rows);
+    const uint32_t row = static_cast<uint32_t>(index);
+    const uint32_t first = row * static_cast<uint32_t>(p.table_width);
+    return {inside ? static_cast<const float*>(p.table) + first : nullptr, row};
   }
   __device__ __forceinline__ float operator[](int entry) const {
     return entries ? __ldg(entries + entry) : bit_cast<float>(0x7fc00000u);
@@ -30,18 +32,13 @@ struct Row {
 
 // The noise of one draw of a row. A row outside of the table has no draws, nor a use for any.
 __device__ __forceinline__ Draw draw_of(const StepParams& p, const Row& row, uint32_t b, int draw) {
-  int64_t step = p.step, stream = p.stream;
+  uint32_t step = static_cast<uint32_t>(p.step), stream = static_cast<uint32_t>(p.stream);
   if (p.draw_table && row.entries) {
     const int64_t* entry = p.draw_table + 2 * (row.index * p.draws + draw);
-    step = __ldg(entry);
-    stream = __ldg(entry + 1);
+    step = static_cast<uint32_t>(__ldg(entry));
+    stream = static_cast<uint32_t>(__ldg(entry + 1));
   }
-  return {p.seed,
-          p.sample_offset,
-          p.keys,
-          b,
-          static_cast<uint32_t>(step),
-          static_cast<uint32_t>(stream)};
+  return Draw::of(noise_key(p.keys, p.seed, p.sample_offset, b), step, stream);
 }
 
 template <int kWidth>
@@ -228,8 +225,12 @@ struct StepChunk {
 template <int kOutputs>
 using StepLayout = Layout<(kOutputs > 2 ? 4 : 8), false>;
 
+// Eight elements of two sums, and noise beside them, take 72 registers.
 template <int kOutputs>
-__global__ void __launch_bounds__(kThreads, kOutputs > 4 ? 2 : kResidentBlocksGeneral)
+constexpr int kStepBlocks = kOutputs > 4 ? 2 : (kOutputs == 2 ? 3 : kResidentBlocksGeneral);
+
+template <int kOutputs>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<kOutputs>)
     step_kernel(const __grid_constant__ StepParams p, bool aligned) {
   const uint32_t b = sample_index();
   if (b >= p.batch) return;

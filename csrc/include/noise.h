@@ -47,20 +47,29 @@ struct Scalar {
   }
 };
 
-// Ten rounds; c is the counter on entry and the four words on return.
+constexpr int kRounds = 10;
+constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
+constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;  // from one round's key to the next
+
+template <class L>
+FD_HD void philox_round(typename L::W (&c)[4], uint32_t k0, uint32_t k1) {
+  typename L::W hi0, lo0, hi1, lo1;
+  L::mulhilo(c[0], kMultiplier0, hi0, lo0);
+  L::mulhilo(c[2], kMultiplier1, hi1, lo1);
+  c[0] = hi1 ^ c[1] ^ L::word(k0);
+  c[1] = lo1;
+  c[2] = hi0 ^ c[3] ^ L::word(k1);
+  c[3] = lo0;
+}
+
+// c is the counter on entry and the four words on return.
 template <class L>
 FD_HD void philox4x32(typename L::W (&c)[4], uint32_t k0, uint32_t k1) {
   FD_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    typename L::W hi0, lo0, hi1, lo1;
-    L::mulhilo(c[0], 0xd2511f53u, hi0, lo0);
-    L::mulhilo(c[2], 0xcd9e8d57u, hi1, lo1);
-    c[0] = hi1 ^ c[1] ^ L::word(k0);
-    c[1] = lo1;
-    c[2] = hi0 ^ c[3] ^ L::word(k1);
-    c[3] = lo0;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
+  for (int round = 0; round < kRounds; ++round) {
+    philox_round<L>(c, k0, k1);
+    k0 += kWeyl0;
+    k1 += kWeyl1;
   }
 }
 

@@ -34,7 +34,7 @@ struct StepParams {
   DType table_dtype;  // f32 or f64: also the type of the arithmetic
   int64_t table_rows, table_width;
   const int64_t* rows;        // entry b at rows[b * rows_stride]
-  int64_t rows_stride;        // 0: one row for the whole batch
+  int64_t rows_stride;        // 1, or 0: one row for the whole batch; the strides below likewise
   const int64_t* keys;        // (B, 2) or null: (seed, sample_offset + b)
   const int64_t* draw_table;  // (table_rows, draws, 2) of (step, stream), or null: step, stream
   int64_t seed, sample_offset, step, stream;

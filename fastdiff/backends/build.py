@@ -48,8 +48,10 @@ from fastdiff.backends.targets import (
     Source,
     Target,
     cpu_target,
+    cuda_archs,
     cuda_host_target,
     cuda_target,
+    not_served,
 )
 from fastdiff.backends.toolchain import compile, find_compiler, find_ninja
 
@@ -60,8 +62,10 @@ __all__ = [
     "build",
     "cache_root",
     "cpu_target",
+    "cuda_archs",
     "cuda_host_target",
     "cuda_target",
+    "not_served",
     "source_root",
 ]
 

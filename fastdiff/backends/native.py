@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +37,16 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
         return "no CUDA device is available to PyTorch"
     if torch.version.hip is not None:
         return "the native GPU kernels are CUDA C++; this PyTorch is for AMD GPUs"
-    return _load("cuda", builder.cuda_target)
+    capability = torch.cuda.get_device_capability(device)
+    try:
+        reason = builder.not_served(builder.cuda_archs(), capability)
+    except builder.BuildError as error:
+        reason = f"build failed: {error}"
+    return reason or _load("cuda", builder.cuda_target)
 
 
 def isa(force: str = "") -> str:
-    """The SIMD level of the CPU kernels: avx512, avx2 or portable; the best that this CPU has.
+    """The SIMD level of the CPU kernels, the best that this CPU has: one of isa_levels().
 
     `force` switches to another level of this CPU for the whole process: every level gives the same
     bits, so this serves tests and benchmarks. Raises RuntimeError when the library cannot be
@@ -53,7 +58,10 @@ def isa(force: str = "") -> str:
 
 
 def isa_levels() -> list[str]:
-    """The SIMD levels that this CPU runs, best first. Raises RuntimeError as isa() does."""
+    """The SIMD levels that this CPU runs, best first, of avx512_bf16, avx512, avx2 and portable.
+
+    Raises RuntimeError as isa() does.
+    """
     _require_cpu()
     levels: str = torch.ops.fastdiff_native.isa_levels()
     return levels.split(",")
@@ -65,20 +73,28 @@ def _require_cpu() -> None:
         raise RuntimeError(f"no native CPU kernels: {reason}")
 
 
-def build(force: bool = False, verbose: bool = False, cuda: bool | None = None) -> list[Path]:
+def build(
+    force: bool = False,
+    verbose: bool = False,
+    cuda: bool | None = None,
+    archs: Sequence[str] | None = None,
+) -> list[Path]:
     """Builds the libraries ahead of time and returns their paths.
 
     Args:
         force: build even when the cache has them. A process that has loaded the old one keeps it.
         verbose: show the compiler's commands and output.
-        cuda: build the CUDA library too; None does when PyTorch sees a CUDA device.
+        cuda: build the CUDA library too; None does when PyTorch sees a CUDA device, or for `archs`.
+        archs: compute capabilities to build it for, as "9.0" or "90"; default those of
+            FASTDIFF_CUDA_ARCHS, else of the visible GPUs. A library is found again by a process
+            whose default they are.
 
     Raises:
         BuildError: a library cannot be built; the message says why.
     """
     if cuda is None:
-        cuda = torch.cuda.is_available() and torch.version.hip is None
-    targets = [builder.cpu_target()] + ([builder.cuda_target()] if cuda else [])
+        cuda = bool(archs) or (torch.cuda.is_available() and torch.version.hip is None)
+    targets = [builder.cpu_target()] + ([builder.cuda_target(archs)] if cuda else [])
     return [builder.build(target, force=force, verbose=verbose) for target in targets]
 
 

@@ -312,7 +312,10 @@ def _record(body: Callable[[], None], device: torch.device) -> Any:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # On this device's stream, where the libraries have settled: PyTorch's own for captures
+            # is of the device that captured first. A capture that fails stays on its stream, hence
+            # the outer block, which returns.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side):
                 body()
         except RuntimeError as error:
             raise RuntimeError(

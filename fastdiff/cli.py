@@ -1,4 +1,4 @@
-"""The command line: `fastdiff sample | train | build | info`.
+"""The command line: `fastdiff sample | train | build | info | bench | profile | selftest`.
 
 Wrong options end with exit status 2 before anything runs; what fails later, with 1.
 """
@@ -20,6 +20,9 @@ import fastdiff as fd
 from fastdiff import pictures
 from fastdiff.files import check_writable
 from fastdiff.models import digits
+from fastdiff.profiling import bench_command
+from fastdiff.profiling import command as profile_command
+from fastdiff.selftest import command as selftest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +116,42 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="compile the native library for this machine")
     build.add_argument("--force", action="store_true", help="even if it is there already")
     build.add_argument("--verbose", action="store_true", help="show the compiler's commands")
+    build.add_argument(
+        "--cuda-archs",
+        metavar="LIST",
+        help='compute capabilities to build the CUDA library for, as "8.0 9.0" (default: those in '
+        "FASTDIFF_CUDA_ARCHS, else of the GPUs here); where it is used FASTDIFF_CUDA_ARCHS must "
+        "name the same",
+    )
     build.set_defaults(run=_build)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure fastdiff against PyTorch, torch.compile, diffusers and this machine's limits",
+        description="Interleaved rounds of fastdiff and what people run today, each result checked "
+        "first. Exit status: 1 for a wrong result, or with --compare for a regression.",
+    )
+    bench_command.add_options(bench.add_argument)
+    bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser(
+        "profile",
+        help="what kernels will do on a GPU that nobody has tried, or do on the one that is here",
+        description="With --target: compiles every operation for GPUs that need not be here and "
+        "reports registers, spills, access widths, instructions, occupancy, and which limit will "
+        "hold. Without: measures on the GPU of this machine.",
+    )
+    profile_command.add_options(profile.add_argument)
+    profile.set_defaults(run=_profile)
+
+    check = commands.add_parser(
+        "selftest",
+        help="does this machine compute what it should? --gpu: everything worth running on a GPU",
+        description="Every backend against the definition, each part in a process of its own. "
+        "Exit status: 0 all passed, 1 something failed, 2 no GPU or a wrong option.",
+    )
+    selftest.add_options(check.add_argument)
+    check.set_defaults(run=_selftest)
     return parser
 
 
@@ -355,9 +393,41 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    for path in fd.backends.native.build(force=options.force, verbose=options.verbose):
+    archs = None
+    if options.cuda_archs is not None:
+        archs = options.cuda_archs.replace(",", " ").split()
+        try:
+            fd.backends.build.cuda_archs(archs)
+        except fd.backends.build.BuildError as error:
+            raise _UsageError(f"argument --cuda-archs: {error}") from None
+    build = fd.backends.native.build
+    for path in build(force=options.force, verbose=options.verbose, archs=archs):
         print(path)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        return bench_command.command(options)
+    except bench_command.UsageError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _profile(options: argparse.Namespace) -> int:
+    try:
+        return profile_command.command(options)
+    except profile_command.UsageError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    out = None
+    try:
+        if options.out or options.gpu:
+            out = selftest.results_folder(options.out or selftest.GPU_FOLDER)
+    except ValueError as error:
+        raise _UsageError(f"argument {error}") from None
+    return selftest.selftest(options.gpu, options.minutes, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -166,12 +166,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     out = Path(tempfile.mkdtemp(prefix="fastdiff-gates-")) / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastdiff", "profile", "--target", "all"]
-    process = subprocess.Popen(
-        [*command, "--jobs", "2", "--json", str(out)],
-        cwd=HERE.parent, env=environment, text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=(out.parent / "stderr").open("w"),
-        start_new_session=True,
-    )  # fmt: skip
+    with (out.parent / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, "--gated", "--jobs", "2", "--json", str(out)],
+            cwd=HERE.parent, env=environment, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+        )  # fmt: skip
     session.config.stash[_COMPILING] = process, out
 
 
@@ -186,7 +186,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def compiled_kernels(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The report of `fastdiff profile --target all`."""
+    """The report of `fastdiff profile --target all --gated`."""
     process, out = request.config.stash[_COMPILING]
     status = process.wait()
     assert status == 0, (out.parent / "stderr").read_text()

@@ -460,7 +460,8 @@ def stand_ins(monkeypatch):
             self.recording.replay()
 
     class Capture:
-        def __init__(self, graph):
+        def __init__(self, graph, stream):
+            assert stream is streams[0] is not current, "not the stream that has warmed up"
             self.graph = graph
 
         def __enter__(self):
@@ -474,9 +475,15 @@ def stand_ins(monkeypatch):
         def wait_stream(self, other):
             pass
 
+    current, streams = Stream(), []
+
+    def on_stream(stream):
+        streams.append(stream)
+        return contextlib.nullcontext()
+
     for name, value in {
-        "Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": Capture,
-        "stream": lambda _: contextlib.nullcontext(), "device": lambda _: contextlib.nullcontext(),
+        "Stream": Stream, "current_stream": lambda: current, "CUDAGraph": Graph,
+        "graph": Capture, "stream": on_stream, "device": lambda _: contextlib.nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import stat
 from types import SimpleNamespace
@@ -186,6 +188,7 @@ class PaperGpu:
 
     def __init__(self, monkeypatch, each: float) -> None:
         self.now, self.graph, self.each, self.replays = 0.0, None, each, 0
+        self.spins: list[int] = []
         paper = self
 
         class Graph:
@@ -210,7 +213,8 @@ class PaperGpu:
                 return (other.at - self.at) * 1e3
 
         class Recording:
-            def __init__(self, graph):
+            def __init__(self, graph, stream):
+                assert stream is side
                 paper.graph = graph
 
             def __enter__(self):
@@ -219,11 +223,11 @@ class PaperGpu:
             def __exit__(self, *_):
                 paper.graph = None
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        side, current = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
         for name, value in dict(
-            CUDAGraph=Graph, Event=Event, graph=Recording, Stream=lambda device: stream,
-            current_stream=lambda device: stream, synchronize=lambda device: None,
-            _sleep=lambda cycles: None,
+            CUDAGraph=Graph, Event=Event, graph=Recording, Stream=lambda: side,
+            current_stream=lambda: current, synchronize=lambda device: None,
+            _sleep=self.spins.append, device=lambda device: contextlib.nullcontext(),
         ).items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "stream", lambda s: torch.no_grad())
@@ -242,6 +246,14 @@ def test_graphs_are_as_long_as_asked_and_timed_by_the_call(monkeypatch, each, re
     before = gpu.now
     assert measure() == pytest.approx(each)
     assert gpu.now - before == pytest.approx(replay)
+
+
+def test_the_gpu_spins_for_longer_than_a_graph_takes_to_start(monkeypatch):
+    gpu = PaperGpu(monkeypatch, 5e-6)
+    ticks = itertools.count()
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: 1e-3 * next(ticks))
+    stopwatch.stopwatch("cuda").prepare([gpu.call], 1e-3)()
+    assert set(gpu.spins) == {200_000 + 2 * 2_000_000}
 
 
 def test_plain_calls_are_timed_by_events(monkeypatch):

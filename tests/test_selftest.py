@@ -482,6 +482,8 @@ echo "========= ERROR SUMMARY: {count} errors"
 FINDING = """echo "========= Invalid __global__ write of size 4 bytes"
 echo "=========     at {kernel}+0x70"
 echo "=========     Address 0x7f is out of bounds"
+echo "=========     Saved host backtrace up to driver entry point at kernel launch time"
+echo "=========         Host Frame: c10::Dispatcher::callBoxed in libtorch_cpu.so"
 echo "========="
 """
 

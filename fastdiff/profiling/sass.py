@@ -1,37 +1,46 @@
-"""Reads NVIDIA machine code: resources of kernels, their instructions, paths through them.
+"""Reads NVIDIA machine code: resources of kernels, and their instructions.
 
-    kernels = read(library, "sm_90")            # a .cubin, or a library with code for sm_90
-    path = cheapest_path(kernels["randn_kernel"].code, {r"STG\\.E\\.128": 2})
-
-`cheapest_path` is what a thread issues from entry to exit when it performs at least the given
-numbers of certain instructions; asking for the loads, stores and transcendentals of one chunk of
-elements picks the path that does the work out of all the early exits and rare cases.
+kernels = read(library, "sm_90")            # a .cubin, or a library with code for sm_90
+path = cheapest_path(kernels["randn_kernel"].code, {r"STG\\.E\\.128": 2})
 """
 
 from __future__ import annotations
 
-import heapq
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Instruction", "Kernel", "cheapest_path", "cuobjdump", "ptx", "read"]
+from fastdiff.profiling.flow import Instruction, cheapest_path
 
+__all__ = [
+    "Instruction",
+    "Kernel",
+    "access",
+    "cheapest_path",
+    "classify",
+    "cuobjdump",
+    "demangled",
+    "instructions",
+    "ptx",
+    "read",
+]
 
-@dataclass(frozen=True)
-class Instruction:
-    """One machine instruction; text is its opcode and operands."""
-
-    address: int
-    predicated: bool
-    text: str
-
-    @property
-    def opcode(self) -> str:
-        return self.text.split()[0].rstrip(";")
+# Opcodes by the pipe they go through; those of the uniform datapath, control flow, barriers, votes
+# and special registers go through none that is counted.
+_PIPES = {
+    "fp32": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 FADD32I FMUL32I FFMA32I HADD2 HMUL2 HFMA2",
+    "imad": "IMAD IMUL IMAD32I IDP",
+    "alu": "LOP3 LOP LOP32I IADD3 IADD IADD32I SHF SHL SHR LEA ISETP FSETP FSET FSEL SEL FMNMX "
+    "FMNMX3 IMNMX VIMNMX VIMNMX3 VIADD VIADDMNMX PRMT PLOP3 SGXT MOV BMSK I2FP F2FP I2I I2IP IABS "
+    "FCHK P2R R2P HSETP2 HSET2 HMNMX2 VABSDIFF",
+    "mufu": "MUFU I2F F2I F2F FRND POPC FLO BREV",
+    "memory": "LD LDG LDS LDL LDC LDSM LDGSTS ST STG STS STL ATOM ATOMG ATOMS RED",
+}
+_PIPE_OF = {opcode: pipe for pipe, opcodes in _PIPES.items() for opcode in opcodes.split()}
+_BITS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,20 @@ class Kernel:
     stack: int
     shared: int
     code: tuple[Instruction, ...]
+
+
+def classify(instruction: Instruction) -> str:
+    """The class of gpus.CLASSES that an instruction counts in."""
+    return _PIPE_OF.get(instruction.opcode.split(".")[0], "other")
+
+
+def access(instruction: Instruction) -> tuple[str, int] | None:
+    """("load" or "store", bits) of an access to global memory; None for any other instruction."""
+    opcode, *flags = instruction.opcode.split(".")
+    kind = {"LDG": "load", "STG": "store", "LD": "load", "ST": "store"}.get(opcode)
+    if kind is None:
+        return None
+    return kind, next((_BITS[flag] for flag in flags if flag in _BITS), 32)
 
 
 @cache
@@ -63,7 +86,7 @@ def _run(*arguments: str) -> str:
     ).stdout
 
 
-def _demangled(names: Sequence[str]) -> list[str]:
+def demangled(names: Sequence[str]) -> list[str]:
     """`step_kernel<2>` for _ZN8fastdiff11step_kernelILi2EEEv...; Triton's names are plain."""
     if not any(name.startswith("_Z") for name in names):
         return list(names)
@@ -76,86 +99,38 @@ def _demangled(names: Sequence[str]) -> list[str]:
     ]
 
 
+def instructions(text: str) -> tuple[Instruction, ...]:
+    """The instructions in what the disassembler prints of one kernel."""
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][^;]*;)")
+    found = []
+    for address, predicate, body in line.findall(text):
+        opcode, *flags = body.split()[0].rstrip(";").split(".")
+        target = None
+        # BRA.DIV goes where divergent threads are joined. A call may return, or be a far jump.
+        if (opcode == "BRA" and "DIV" not in flags) or (opcode == "CALL" and "REL" in flags):
+            target = int(re.findall(r"0x([0-9a-f]+)", body)[-1], 16)
+        # A branch on a uniform predicate has that in its operands: BRA.U UP0, 0x...
+        certain = not predicate and not (opcode == "BRA" and re.search(r"\bU?P\d", body))
+        leaves = opcode in ("EXIT", "RET") or (opcode == "BRA" and target is not None)
+        goes_on, ends = not (certain and leaves), opcode == "EXIT"
+        results = 2 if opcode in ("FADD2", "FMUL2", "FFMA2") else 1
+        found.append(Instruction(int(address, 16), body, target, goes_on, ends, results))
+    return tuple(found)
+
+
 def read(binary: Path, arch: str) -> dict[str, Kernel]:
     """Every kernel of a .cubin or library that holds machine code for `arch` ("sm_90")."""
-    usage = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)",
-        _run("-arch", arch, "--dump-resource-usage", str(binary)),
-    )
-    text = _run("-arch", arch, "-sass", str(binary))
+    text = _run("-arch", arch, "-sass", "--dump-resource-usage", str(binary))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     _, *functions = re.split(r"\n\s*Function : ", text)
     bodies = {body.split("\n", 1)[0].strip(): body for body in functions}
-    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][^;]*;)")
-    names = _demangled([name for name, *_ in usage])
+    names = demangled([name for name, *_ in usage])
     return {
-        name: Kernel(
-            int(registers),
-            int(stack),
-            int(shared),
-            tuple(
-                Instruction(int(address, 16), bool(predicate), text)
-                for address, predicate, text in line.findall(bodies[mangled])
-            ),
-        )
+        name: Kernel(int(registers), int(stack), int(shared), instructions(bodies[mangled]))
         for name, (mangled, registers, stack, shared) in zip(names, usage, strict=True)
     }
 
 
 def ptx(library: Path) -> list[str]:
-    """The PTX of every kernel in a library."""
+    """The PTX of every kernel in a library, each from its mangled name on."""
     return _run("-ptx", str(library)).split(".entry ")[1:]
-
-
-def cheapest_path(code: Sequence[Instruction], doing: Mapping[str, int]) -> list[Instruction]:
-    """The shortest path to an EXIT with doing[pattern] matches of each pattern.
-
-    Raises ValueError when no path does all of it.
-    """
-    position = {instruction.address: index for index, instruction in enumerate(code)}
-    patterns = [re.compile(pattern) for pattern in doing]
-    wanted = tuple(doing.values())
-    hits = [[bool(p.match(instruction.text)) for p in patterns] for instruction in code]
-    # A node is an instruction about to be issued and what has been done; it is settled once.
-    Node = tuple[int, tuple[int, ...]]
-    start: Node = (0, tuple(0 for _ in wanted))
-    before: dict[Node, Node | None] = {}
-    queue: list[tuple[int, Node, Node | None]] = [(0, start, None)]
-    while queue:
-        cost, node, previous = heapq.heappop(queue)
-        if node in before:
-            continue
-        before[node] = previous
-        index, done = node
-        instruction = code[index]
-        done = tuple(
-            min(count + hit, most)
-            for count, hit, most in zip(done, hits[index], wanted, strict=True)
-        )
-        if instruction.opcode == "EXIT":
-            if done == wanted:
-                return _path(code, before, node)
-            if not instruction.predicated:
-                continue
-        if instruction.opcode in ("BRA", "BRA.U"):
-            target = int(re.findall(r"0x([0-9a-f]+)", instruction.text)[-1], 16)
-            heapq.heappush(queue, (cost + 1, (position[target], done), node))
-            # A branch on a uniform predicate has that in its operands: BRA.U UP0, 0x...
-            if not instruction.predicated and not re.search(r"\bU?P\d", instruction.text):
-                continue
-        if index + 1 < len(code):
-            heapq.heappush(queue, (cost + 1, (index + 1, done), node))
-    raise ValueError(f"no path does {dict(doing)}")
-
-
-def _path(
-    code: Sequence[Instruction],
-    before: Mapping[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]] | None],
-    last: tuple[int, tuple[int, ...]],
-) -> list[Instruction]:
-    path, node = [], last
-    while True:
-        path.append(code[node[0]])
-        previous = before[node]
-        if previous is None:
-            return path[::-1]
-        node = previous

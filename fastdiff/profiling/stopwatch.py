@@ -19,7 +19,10 @@ Call = Callable[[], object]
 Measure = Callable[[], float]
 _MOST_CALLS = 2000  # of one graph
 _WARM_UPS = 3
-_SPIN_CYCLES = 200_000  # 0.1 ms, while the host submits what is measured
+# While the host submits what is measured the GPU spins: 0.1 ms, and twice what a replay takes to
+# start, which grows with the graph.
+_SPIN_CYCLES = 200_000
+_CYCLES_A_SECOND = 2e9  # no GPU's clock is much faster
 
 
 class Stopwatch(Protocol):
@@ -83,52 +86,64 @@ class GraphWatch:
         torch.cuda.synchronize(self._device)
 
     def prepare(self, calls: Sequence[Call], seconds: float) -> Measure:
-        side, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # compiled and loaded before anything is recorded
-            for call in calls[:_WARM_UPS]:
-                call()
-        current.wait_stream(side)
-        self.wait()
-        graph = self._recorded(calls, 1)
-        graph.replay()
-        each = min(self._seconds(graph) for _ in range(2)) / len(calls)
-        rounds = _rounds(calls, each, seconds)
-        if rounds > 1:
-            graph = self._recorded(calls, rounds)
-            graph.replay()
-            self.wait()
-        return lambda: self._seconds(graph) / (rounds * len(calls))
+        with torch.cuda.device(self._device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):  # compiled and loaded before anything is recorded
+                for call in calls[:_WARM_UPS]:
+                    call()
+            current.wait_stream(side)
+            graph, spin = self._recorded(calls, 1, side)
+            each = min(self._seconds(graph, spin) for _ in range(2)) / len(calls)
+            rounds = _rounds(calls, each, seconds)
+            if rounds > 1:
+                graph, spin = self._recorded(calls, rounds, side)
+        return lambda: self._seconds(graph, spin) / (rounds * len(calls))
 
-    def _recorded(self, calls: Sequence[Call], rounds: int) -> torch.cuda.CUDAGraph:
+    def _recorded(
+        self, calls: Sequence[Call], rounds: int, side: torch.cuda.Stream
+    ) -> tuple[torch.cuda.CUDAGraph, int]:
+        """The graph of all calls, and cycles to spin for before it: longer than it takes to start.
+
+        It is recorded on a stream of this device: PyTorch's own for captures is of the device that
+        captured first.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             for _ in range(rounds):
                 for call in calls:
                     call()
-        return graph
-
-    def _seconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # While the GPU spins, the host submits all of the following, so none of it waits.
-        torch.cuda._sleep(_SPIN_CYCLES)
-        begin.record()
+        graph.replay()  # uploads it
+        self.wait()
+        begin = time.perf_counter()
         graph.replay()
-        end.record()
-        end.synchronize()
+        host = time.perf_counter() - begin
+        self.wait()
+        return graph, _SPIN_CYCLES + int(2 * host * _CYCLES_A_SECOND)
+
+    def _seconds(self, graph: torch.cuda.CUDAGraph, spin: int) -> float:
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # While the GPU spins, the host submits all of the following, so none of it waits.
+            torch.cuda._sleep(spin)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
         return begin.elapsed_time(end) * 1e-3
 
     def plain(self, call: Call, count: int) -> tuple[float, float]:
         call()
         self.wait()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start = time.perf_counter()
-        begin.record()
-        for _ in range(count):
-            call()
-        end.record()
-        host = time.perf_counter() - start
-        end.synchronize()
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = time.perf_counter()
+            begin.record()
+            for _ in range(count):
+                call()
+            end.record()
+            host = time.perf_counter() - start
+            end.synchronize()
         return begin.elapsed_time(end) * 1e-3 / count, host / count
 
 

@@ -1,0 +1,99 @@
+"""Reads the machine code of the CUDA kernel that a case launches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.backends.build import source_root
+from fastdiff.profiling import sass
+from fastdiff.profiling.cases import Case
+from fastdiff.profiling.paths import CommonPath, common_path
+
+__all__ = ["arithmetic", "inspect", "kernel_name", "rounds"]
+
+_THREADS, _ELEMENTS = 256, 8  # of a block, of a chunk: csrc/cuda/launch.cuh and its layouts
+_TYPES = {torch.float32: "float", torch.bfloat16: "bf16_t", torch.float16: "f16_t"}
+
+
+def kernel_name(case: Case) -> str:
+    """The kernel that csrc/cuda/kernels.cu launches for a case, as sass.read names it."""
+    arguments = case.arguments((1, 1))
+    state = _TYPES[case.dtype]
+    if case.name == "randn":
+        return f"randn_kernel<Layout<8, {_flag(state == 'float')}>, {state}, {_flag(case.fast)}>"
+    if case.name == "chain":
+        return f"chain_kernel<{state}>"
+    states, outputs, spec = arguments[0], arguments[1], arguments[9]
+    draws, _, learned, _, clamp, *masks = spec
+    model = _TYPES[case.model_dtype or case.dtype] if outputs else state
+    typed = model == state or state == "float"
+    if len(states) == len(masks) == 1 and not learned and typed:
+        flags = ", ".join(map(_flag, (clamp >= 0, draws > 0, case.fast)))
+        return f"plain_kernel<Plain<{state}, {model}, {len(outputs)}, {flags}>>"
+    return f"step_kernel<{next(most for most in (1, 2, 4, 8) if len(masks) <= most)}>"
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+@cache
+def rounds(target: str) -> int:
+    """Chunks that a thread works through once the GPU is full: the policy of launch.cuh."""
+    text = (source_root() / "cuda" / "launch.cuh").read_text()
+    policies: dict[str, str] = dict(re.findall(r"\{(\d+), \d+, (\d+)", text))
+    return int(policies.get(target.removeprefix("sm_")) or policies["0"])
+
+
+def inspect(library: Path, target: str, cases: Sequence[Case]) -> list[dict[str, Any] | str]:
+    """Figures of every case, as triton_code.inspect gives them; or why there are none."""
+    kernels = sass.read(library, target)
+    return [_figures(kernels, case, rounds(target)) for case in cases]
+
+
+def _figures(kernels: dict[str, sass.Kernel], case: Case, rounds: int) -> dict[str, Any] | str:
+    name = kernel_name(case)
+    kernel = kernels.get(name)
+    if kernel is None:
+        return f"the library has no kernel {name}"
+    path: CommonPath | str
+    try:
+        path = common_path(kernel, case, _ELEMENTS, loops=True)
+    except ValueError as error:
+        path = str(error)
+    return {
+        "kernel": name,
+        "registers": kernel.registers,
+        "stack": kernel.stack,
+        "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in kernel.code),
+        "shared": kernel.shared,
+        "threads": _THREADS,
+        "rounds": rounds,
+        "path": path,
+    }
+
+
+def arithmetic(library: Path) -> dict[str, dict[str, int]]:
+    """By kernel, counts in its PTX: fused multiply-adds, approximations, flushing of denormals.
+
+    Nothing is counted in a kernel that has the fast form of noise, by itself or beside the exact
+    one: that form fuses and approximates.
+    """
+    texts = sass.ptx(library)
+    names = sass.demangled([text.split("(", 1)[0].strip() for text in texts])
+    return {
+        name: {}
+        if "lg2.approx" in text
+        else {
+            "contracted": len(re.findall(r"\bfma\.", text)),
+            "approximate": len(re.findall(r"\.approx|div\.full", text)),
+            "flushing": len(re.findall(r"\.ftz", text)),
+        }
+        for name, text in zip(names, texts, strict=True)
+    }

@@ -415,6 +415,21 @@ def test_probe_says_why_not(monkeypatch):
         TRITON.randn(torch.zeros(1, 4), None, 0, 0, 0, 0, 0, False)
 
 
+def test_probe_misses_what_the_launcher_is_compiled_with(monkeypatch, tmp_path):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CC", sys.executable)  # a program that is there
+    monkeypatch.setattr(backend, "_python_include", lambda: tmp_path)
+    assert f"no Python.h in {tmp_path}: install python3-dev" in backend.probe(gpu, F32)
+    (tmp_path / "Python.h").touch()
+    assert backend.probe(gpu, F32) is None
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    assert "install gcc or clang" in backend.probe(gpu, F32)
+
+
 def test_import_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch, fastdiff.backends.triton as b; "

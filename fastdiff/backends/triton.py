@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,11 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it needs an NVIDIA GPU of compute capability 7.5 or later"
     elif not any(shutil.which(name) for name in _compilers()):
         return "Triton compiles its launcher with a C compiler: install gcc or clang, or set CC"
+    elif not _has_python_headers():
+        return (
+            "Triton compiles its launcher with Python's C headers, and there is no Python.h in "
+            f"{_python_include()}: install python3-dev (Debian, Ubuntu) or python3-devel"
+        )
     return None
 
 
@@ -49,6 +56,19 @@ def _compilers() -> list[str]:
     """What Triton would compile its launcher with: CC, taken at its word, else gcc or clang."""
     chosen = os.environ.get("CC", "").split()
     return chosen[:1] or ["gcc", "clang"]
+
+
+def _python_include() -> Path:
+    """Where Triton looks for Python.h."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(
+        sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    )
+
+
+def _has_python_headers() -> bool:
+    elsewhere = any(os.environ.get(name) for name in ("CPATH", "C_INCLUDE_PATH"))
+    return elsewhere or (_python_include() / "Python.h").is_file()
 
 
 @functools.cache

@@ -59,8 +59,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
     """A figure and its axes, without pyplot and its global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.16 / height, 1, 1 - 0.16 / height))
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", rect=(0, 0.16 / height, 1, 1 - 0.16 / height))
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

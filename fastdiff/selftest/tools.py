@@ -83,23 +83,24 @@ def memory_checks(context: Context) -> None:
     workers = min(len(runs), max(1, (os.cpu_count() or 1) // 2))
     share = (context.left - 2) / math.ceil(len(runs) / workers)
     with ThreadPoolExecutor(workers) as pool:
-        texts = list(pool.map(lambda run: _under_checker(context, program, *run, share), runs))
-    worked = [_judge(context, *run, text, share) for run, text in zip(runs, texts, strict=True)]
+        texts = list(pool.map(lambda run: _under_checker(context, program, run, share), runs))
+    worked = [_judge(context, run, text, share) for run, text in zip(runs, texts, strict=True)]
     if not any(worked):
         context.skip("compute-sanitizer does not work here")
 
 
-def _result_of(context: Context, tool: str, backend: str) -> Path:
-    return Path(context.settings.result).with_suffix(f".{tool}-{backend}.json")
+def _result_of(context: Context, run: tuple[str, str]) -> Path:
+    return Path(context.settings.result).with_suffix(f".{'-'.join(run)}.json")
 
 
 def _under_checker(
-    context: Context, program: str, tool: str, backend: str, share: float
+    context: Context, program: str, run: tuple[str, str], share: float
 ) -> str | None:
-    """What the tool says; None where it is not done after `share` seconds."""
+    """What the tool of a run, (tool, backend), says; None where `share` seconds do not suffice."""
+    tool, backend = run
     inner = Settings(
         target="fastdiff.selftest.equality:equality",
-        result=str(_result_of(context, tool, backend)),
+        result=str(_result_of(context, run)),
         device=context.device,
         deadline=time.monotonic() + 0.7 * share,
         options={"backend": backend, "cases": context.options["cases"]},
@@ -120,15 +121,16 @@ def _under_checker(
     return done.stdout.decode(errors="replace")
 
 
-def _judge(context: Context, tool: str, backend: str, text: str | None, share: float) -> bool:
+def _judge(context: Context, run: tuple[str, str], text: str | None, share: float) -> bool:
     """Whether the tool ran to its end."""
+    tool, backend = run
     if text is None:
         context.note(f"{tool}, {backend}: not done after {share:.0f} s")
         return False
     print(text)  # to the log
     summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", text)
     try:
-        found = json.loads(_result_of(context, tool, backend).read_bytes())
+        found = json.loads(_result_of(context, run).read_bytes())
     except (OSError, ValueError):
         found = {}
     if summary is None or not found.get("checks"):

@@ -23,6 +23,7 @@ TRAPS = [
     (r"-ffast-math|use_fast_math", "drops IEEE rounding, NaN and signed zero"),
     (r"\bcustom_op\(", "costs 10 to 20 us a call; define the op with torch.library.Library"),
     (r"torch/extension\.h", "takes 40 s to compile; use the stable ABI's headers"),
+    (r"\bSTABLE_TORCH_ERROR_CODE_CHECK\(", "is not in torch 2.10 and 2.11; use STD_TORCH_CHECK"),
 ]
 
 

@@ -324,7 +324,7 @@ def test_build_says_where_the_library_is(capsys):
 
 def test_failed_build_says_why(capsys, monkeypatch):
     def fails(**keywords):
-        assert keywords == {"force": True, "verbose": False}
+        assert keywords == {"force": True, "verbose": False, "archs": None}
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(fd.backends.native, "build", fails)

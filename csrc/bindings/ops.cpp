@@ -83,7 +83,6 @@ void launch(int (*launcher)(const Params&, void*), const Params& params, const T
   const auto device = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  // Not by STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not have.
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
                   "PyTorch gives no current stream of GPU ", device);
   const int error = launcher(params, stream);

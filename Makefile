@@ -31,6 +31,8 @@ bench: $(INSTALLED)
 
 # On a machine with a GPU: its own python, nothing installed, from a bare checkout.
 gpu-check:
+	@$(PYTHON) -c "import torch, triton" 2>/dev/null || \
+	  { echo "$(PYTHON) has no torch and triton: make gpu-check PYTHON=... names one that has"; exit 2; }
 	$(PYTHON) -m fastdiff selftest --gpu $(ARGS)
 
 lint: lint-ruff lint-mypy lint-clang-format lint-traps

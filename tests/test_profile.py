@@ -236,6 +236,13 @@ def test_the_kernel_of_a_case_is_the_one_that_it_launches(cuda_host: str) -> Non
         assert name == cuda_code.kernel_name(case), case.id
 
 
+def test_code_that_the_disassembler_does_not_know_is_said_in_a_sentence(tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    library.write_bytes(b"not machine code")
+    (said,) = cuda_code.inspect(library, "sm_103", [Case("randn")])
+    assert isinstance(said, str) and f"cannot read {library}" in said
+
+
 def test_the_policy_of_rounds_is_that_of_the_sources() -> None:
     text = (build.source_root() / "cuda" / "launch.cuh").read_text()
     assert re.search(r"constexpr int kThreads = 256;", text)

@@ -53,7 +53,10 @@ def rounds(target: str) -> int:
 
 def inspect(library: Path, target: str, cases: Sequence[Case]) -> list[dict[str, Any] | str]:
     """Figures of every case, as triton_code.inspect gives them; or why there are none."""
-    kernels = sass.read(library, target)
+    try:
+        kernels = sass.read(library, target)
+    except RuntimeError as error:  # a disassembler older than the target
+        return [str(error)] * len(cases)
     return [_figures(kernels, case, rounds(target)) for case in cases]
 
 

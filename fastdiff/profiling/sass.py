@@ -81,9 +81,14 @@ def cuobjdump() -> Path:
 
 
 def _run(*arguments: str) -> str:
-    return subprocess.run(
-        [str(cuobjdump()), *arguments], check=True, capture_output=True, text=True
-    ).stdout
+    done = subprocess.run([str(cuobjdump()), *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(
+            f"{cuobjdump()} cannot read {arguments[-1]}, which may be made for a newer GPU than it "
+            f"knows: {said[-1] if said else f'it ends with status {done.returncode}'}"
+        )
+    return done.stdout
 
 
 def demangled(names: Sequence[str]) -> list[str]:

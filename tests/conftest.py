@@ -33,7 +33,7 @@ import fastdiff as fd
 from fastdiff.backends import build, native
 
 HERE = Path(__file__).parent
-LEVELS = ("avx512", "avx2", "portable")
+LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
 BACKENDS = ("reference", *(f"native-{level}" for level in LEVELS), "cuda_host", "triton")
 ACCELERATED = BACKENDS[1:]
 
@@ -159,6 +159,12 @@ def _is_gate(item: pytest.Item) -> bool:
     return "compiled_kernels" in getattr(item, "fixturenames", ())
 
 
+def _step_aside() -> None:
+    """A process group of its own, and last in line: tests wait for their threads if both run."""
+    os.setpgrp()
+    os.nice(19)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts the compilation, in processes in which Triton is a compiler."""
     if session.config.option.collectonly or not any(map(_is_gate, session.items)):
@@ -170,7 +176,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         process = subprocess.Popen(
             [*command, "--gated", "--jobs", "2", "--json", str(out)],
             cwd=HERE.parent, env=environment, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=_step_aside,
         )  # fmt: skip
     session.config.stash[_COMPILING] = process, out
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastdiff.noise import STREAM_INITIAL, STREAM_STEP_SECOND
 from fastdiff.ops.call import written
 from fastdiff.ops.checks import check_floating, check_like, check_shape, resolve_seed
+from fastdiff.ops.step import StepSpec, step_arguments
 from fastdiff.plan import SolverPlan
 from fastdiff.program import (
     START_CHURN,
@@ -69,23 +70,23 @@ class _StaticRun(Run):
         self._times.copy_(self.tables.t[:, None].expand_as(self._times))
         churned = bool(self.plan.first_churn)
         self._start(
-            self._start_spec.encoded, self.tables.start, self.start_row, STREAM_INITIAL,
+            self._start_spec, self.tables.start, self.start_row, STREAM_INITIAL,
             None if churned else model_input,
         )  # fmt: skip
         if churned:
             self._start(
-                self._churn_spec.encoded, self.tables.start[START_CHURN:], self.tables.rows[0],
+                self._churn_spec, self.tables.start[START_CHURN:], self.tables.rows[0],
                 STREAM_STEP_SECOND, model_input,
             )  # fmt: skip
 
     def _start(
-        self, spec: list[int], table: Tensor, row: Tensor, stream: int, model_input: Tensor | None
+        self, spec: StepSpec, table: Tensor, row: Tensor, stream: int, model_input: Tensor | None
     ) -> None:
         x = self.x_T
-        self._operation(
-            [x], [], [], table, row, self.keys, None, None, None, spec, [0, 0, 0, stream], [x],
-            model_input,
-        )  # fmt: skip
+        self._operation(*step_arguments(
+            spec, [x], table, row, [x], keys=self.keys, counter=(0, 0, 0, stream),
+            model_input=model_input,
+        ))  # fmt: skip
         written([x] if model_input is None else [x, model_input])
 
 

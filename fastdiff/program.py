@@ -118,6 +118,7 @@ class RowCall:
             forgotten and j was: memory for a later row.
         keeps_output: states that become the model output's own memory.
         clamped: whether the row uses the clamp node.
+        reads_all: whether `reads` are all the states.
     """
 
     variant: int
@@ -127,6 +128,7 @@ class RowCall:
     moves: tuple[tuple[int, int], ...]
     keeps_output: tuple[int, ...]
     clamped: bool
+    reads_all: bool
 
 
 class Program:
@@ -179,7 +181,10 @@ class Program:
                 idle = set(range(plan.states)) - {k for k, _ in moves} - {*writes, *kept}
                 moves += tuple(zip(sorted(idle), sorted(free), strict=False))
             held = {k for k, j in moves if j in held} | {*writes, *kept}
-            calls.append(RowCall(index, reads, writes, tuple(memory), moves, kept, clamped))
+            reads_all = len(reads) == plan.states
+            calls.append(
+                RowCall(index, reads, writes, tuple(memory), moves, kept, clamped, reads_all)
+            )
             foreign = {k for k, j in moves if j in foreign} | set(kept)
             if keeps_sample:
                 foreign.add(0)

@@ -118,13 +118,15 @@ class Run:
             None if v.clamp is None else v.clamped_spec(plan, self._noise_dtype)
             for v in program.variants
         ]
+        self._layouts: dict[tuple[int, int, bool], str] = {}
         self._tables = plan.on(device, compute, mode)
         # The run's own t, which a model may change without harm to the plan's.
         self._times = self._tables.t[:, None].repeat(1, copies * batch)
-        self._batch = batch
-        self._output_shape = (copies * batch, *x.shape[1:])
+        self._t = self._times.unbind()
+        self._batch, self._device = batch, device
+        self._output_shape = torch.Size((copies * batch, *x.shape[1:]))
         if plan.learned:
-            self._output_shape = (copies * batch, 2 * x.shape[1], *x.shape[2:])
+            self._output_shape = torch.Size((copies * batch, 2 * x.shape[1], *x.shape[2:]))
         self._states: States = [x, *[None] * (plan.states - 1)]
         for k in program.spare:
             self._states[k] = torch.empty_like(x)
@@ -210,13 +212,13 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.index >= self.plan.rows
+        return self.index >= len(self._calls)
 
     @property
     def t(self) -> Tensor:
         if self.done:
             raise ValueError(f"the run is done: all {self.plan.rows} model calls have been stepped")
-        return self._times[self.index]
+        return self._t[self.index]
 
     @property
     def model_input(self) -> Tensor:
@@ -255,17 +257,22 @@ class Run:
                 state is unharmed.
         """
         i = self.index
-        if i >= self.plan.rows:
+        if self.done:
             raise ValueError(f"the run is done: all {self.plan.rows} model calls have been stepped")
         self._check_output(output)
         states = self._states
         if x is not None or inputs or self.plan.inputs:
             states = self._given(x, inputs)
-        for name, dtype in (("result_dtype", result_dtype), ("preview_dtype", preview_dtype)):
-            if dtype is not None:
-                self._check_result(name, dtype)
-        draws = self._draw(i, output) if noise is None else self._given_draws(noise)
-        seeded = noise is None and self._generator is None and self._noise is None
+        if result_dtype is not None:
+            self._check_result("result_dtype", result_dtype)
+        if preview_dtype is not None:
+            self._check_result("preview_dtype", preview_dtype)
+        seeded = noise is None and self._keys is not None
+        draws: list[Tensor] = []
+        if noise is not None:
+            draws = self._given_draws(noise)
+        elif not seeded:
+            draws = self._draw(i, output)
         return self.advance(
             output, states, draws, seeded, result_dtype or self._dtype, preview_dtype or self._dtype
         )
@@ -289,9 +296,9 @@ class Run:
         i = self.index
         call, tables, guidance = self._calls[i], self._tables, self._guidance
         spec, table, row = self._specs[call.variant], tables.tables[call.variant], tables.rows[i]
-        keys = self._keys if seeded else None
+        keys = self._keys if seeded and spec.draws else None
         halves = [output] if guidance is None else list(output.split(self._batch))
-        states = [old[k] for k in call.reads]
+        states = old if call.reads_all else [old[k] for k in call.reads]
         kept = output
         if call.keeps_output and self._writes_to(output):
             kept = output.clone()
@@ -322,12 +329,23 @@ class Run:
                 scaled = (c_in * results[0].to(c_in.dtype)).to(self._input.dtype)
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
-            results, reused = self._memory(call, old, result_dtype, preview_dtype)
-            self._operation(
-                [s.contiguous() for s in states], [h.contiguous() for h in halves], draws, table,
-                row, keys, tables.draws, guidance, threshold, spec.encoded, _NO_COUNTER, results,
-                self._input,
-            )  # fmt: skip
+            # The lists of step_arguments(), made here by hand: this is what a step's time goes to.
+            inputs = list(map(Tensor.contiguous, states + halves))
+            results, reused = self._memory(call, old, inputs[0], result_dtype, preview_dtype)
+            inputs += (*draws, table, row)
+            if keys is not None:
+                inputs += (keys, tables.draws)
+            if guidance is not None:
+                inputs.append(guidance)
+            if threshold is not None:
+                inputs.append(threshold)
+            outputs = results
+            if self._input is not None:
+                outputs = [*results, self._input]
+                reused.append(self._input)
+            kind = call.variant, len(draws), keys is not None
+            layout = self._layouts.get(kind) or self._layout(*kind)
+            self._operation(inputs, outputs, layout, 0, 0, 0, 0)
             if reused:
                 written(reused)
         if len(old) == 1:
@@ -346,23 +364,41 @@ class Run:
         self.index = i + 1
         return results[0]
 
+    def _layout(self, variant: int, noise: int, keyed: bool) -> str:
+        """The operation's `layout` for the calls of a variant, made once."""
+        spec = self._specs[variant]
+        found = self._layouts[variant, noise, keyed] = spec.layout(
+            1 if self._guidance is None else 2, noise, keys=keyed, draws=keyed,
+            guidance_scale=self._guidance is not None,
+            threshold=spec.clamp is not None and self.plan.thresholding is not None,
+        )  # fmt: skip
+        return found
+
     def _memory(
-        self, call: RowCall, old: States, result_dtype: torch.dtype, preview_dtype: torch.dtype
+        self,
+        call: RowCall,
+        old: States,
+        like: Tensor,
+        result_dtype: torch.dtype,
+        preview_dtype: torch.dtype,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Where the results go, and which of those tensors held something before."""
-        like, dtype, make = old[0], self._dtype, torch.empty_like
-        layout = torch.contiguous_format
-        results, reused = [], [] if self._input is None else [self._input]
-        for k, source in zip(call.writes, call.memory, strict=True):
+        """Where the results go, and which of those tensors held something before.
+
+        Args:
+            like: a contiguous tensor of their shape.
+        """
+        wanted = result_dtype
+        results, reused = [], []
+        for source in call.memory:
             buffer = old[source] if source >= 0 else None
-            wanted = dtype if k else result_dtype
             if buffer is None or buffer.dtype != wanted:
-                buffer = make(like, dtype=wanted, memory_format=layout)
+                buffer = _empty(like, wanted)
             else:
                 reused.append(buffer)
             results.append(buffer)
+            wanted = self._dtype
         if self._preview:
-            results.append(make(like, dtype=preview_dtype, memory_format=layout))
+            results.append(_empty(like, preview_dtype))
         return results, reused
 
     def _writes_to(self, output: Tensor) -> bool:
@@ -440,7 +476,6 @@ class Run:
             )
 
     def _check_output(self, output: Tensor) -> None:
-        x = self._states[0]
         if not isinstance(output, Tensor):
             raise TypeError(f"output must be a torch.Tensor, not {type(output).__name__}")
         if output.shape != self._output_shape:
@@ -449,16 +484,16 @@ class Run:
             )
         if output.layout != torch.strided:
             raise ValueError(f"output must be a dense (strided) tensor, not {output.layout}")
-        if output.device != x.device:
-            raise ValueError(f"output is on {output.device}, but the run is on {x.device}")
-        double = self._dtype == torch.float64
-        if output.dtype not in FLOATING or (output.dtype == torch.float64) != double:
-            raise TypeError(f"output is {output.dtype}, which does not go with x of {self._dtype}")
+        if output.device != self._device:
+            raise ValueError(f"output is on {output.device}, but the run is on {self._device}")
+        dtype = output.dtype
+        if dtype != self._dtype:  # else it goes with x
+            double = self._dtype == torch.float64
+            if dtype not in FLOATING or (dtype == torch.float64) != double:
+                raise TypeError(f"output is {dtype}, which does not go with x of {self._dtype}")
 
     def _draw(self, row: int, output: Tensor) -> list[Tensor]:
-        """Noise tensors of a row, or none when the step makes its own."""
-        if self._keys is not None:
-            return []
+        """Noise tensors of a row, from the run's generator or function."""
         x = self.x
         tensors = []
         for k in range(self.plan.n_draws):
@@ -475,7 +510,10 @@ class Run:
         return tensors
 
 
-_NO_COUNTER = [0, 0, 0, 0]
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.dtype == dtype:
+        return torch.empty_like(like)  # every option costs a tenth of the call
+    return torch.empty_like(like, dtype=dtype)
 
 
 def drawn_dtype(

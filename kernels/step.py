@@ -7,6 +7,7 @@ coefficient is the same in all threads: the column is not read, the noise is not
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,13 +27,11 @@ from fastdiff.kernels.launch import (
 from fastdiff.kernels.noise import halves, low_word, normal_tile, sample_key
 from fastdiff.kernels.policy import Policy
 from fastdiff.kernels.row import all_used, combine, is_used, load_coefficients, nan_unless
-from fastdiff.ops.schemas import DTYPE_CODES
-from fastdiff.ops.step import HEADER
+from fastdiff.ops.step import HEADER, Layout, parse, unpack
 
 __all__ = ["prepare"]
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-NOISE_DTYPES = {code: _DTYPES[d] for d, code in DTYPE_CODES.items() if d in _DTYPES}
 
 
 @triton.jit
@@ -296,54 +295,56 @@ def step_kernel(
                 piece += (stride - 1) * PIECES
 
 
+class _Structure(NamedTuple):
+    """A layout, and what it says to the compiler."""
+
+    layout: Layout
+    constants: dict[str, object]
+
+
 @lru_cache(maxsize=4096)
-def _constants(spec: tuple[int, ...], states: int) -> dict[str, object]:
-    """What the encoded StepSpec says to the compiler; masks over [S.., o, c, z..], P's first."""
-    draws, noise_code, learned, _, clamp, *outputs = spec
-    if noise_code not in NOISE_DTYPES:
+def _structure(text: str) -> _Structure:
+    layout = parse(text)
+    spec = layout.spec
+    if spec.noise_dtype not in _DTYPES:
         raise TypeError("fastdiff_triton::step: float64 noise is not served")
-    low = (1 << (states + 1)) - 1  # S.., o
-    p = 0 if clamp < 0 else (clamp & low) | (clamp & ~low) << 1
-    masks = (p, *outputs)
+    low = (1 << (spec.states + 1)) - 1  # S.., o
+    clamp = spec.clamp or 0
+    masks = ((clamp & low) | (clamp & ~low) << 1, *spec.outputs)  # over [S.., o, c, z..], P's first
     union = 0
     for mask in masks:
         union |= mask
-    return {
+    return _Structure(layout, {
         "MASKS": masks,
         "UNION": union,
-        "CLAMP": clamp >= 0,
-        "DRAWS": draws,
-        "NOISE_DTYPE": NOISE_DTYPES[noise_code],
-        "LEARNED": bool(learned),
+        "CLAMP": spec.clamp is not None,
+        "DRAWS": spec.draws,
+        "NOISE_DTYPE": _DTYPES[spec.noise_dtype],
+        "LEARNED": spec.learned,
         "HEADER": len(HEADER),
-    }
+    })  # fmt: skip
 
 
-def _is_light(
-    spec: list[int], states: list[Tensor], model_outputs: list[Tensor], written: list[Tensor]
-) -> bool:
+def _is_light(layout: Layout, written: list[Tensor]) -> bool:
     """Whether the compiler fits the step into a full SM's registers without spilling any."""
-    draws, noise_code, learned, fast, clamp, *_ = spec
-    if learned or clamp >= 0 or len(written) > 1 or len(states) + len(model_outputs) > 3:
+    spec = layout.spec
+    read = spec.states + layout.model_outputs
+    if spec.learned or spec.clamp is not None or len(written) > 1 or read > 3:
         return False
+    if not spec.draws or not layout.model_outputs or spec.fast:
+        return True
     # Eight exact normals at once, as 16-bit noise is made, leave no room for a model output.
-    return not draws or not model_outputs or bool(fast) or NOISE_DTYPES[noise_code] == tl.float32
+    return spec.noise_dtype == torch.float32
 
 
 def prepare(
-    states: list[Tensor],
-    model_outputs: list[Tensor],
-    noise: list[Tensor],
-    table: Tensor,
-    rows: Tensor,
-    keys: Tensor | None,
-    draws: Tensor | None,
-    guidance_scale: Tensor | None,
-    threshold: Tensor | None,
-    spec: list[int],
-    counter: list[int],
-    out: list[Tensor],
-    model_input: Tensor | None,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    layout: str,
+    seed: int,
+    sample_offset: int,
+    step: int,
+    stream: int,
     *,
     nvidia: bool = True,
     policy: Policy | None = None,
@@ -356,36 +357,36 @@ def prepare(
         policy: launch parameters; those of the tensors' device when None.
         block: elements of a tile, a power of two; chosen by size when None.
     """
-    size = out[0].numel()
+    size = outputs[0].numel()
     if not size:
         return None
-    draws_seeded = spec[0] > 0 and not noise
-    learned = bool(spec[2])
+    found = _structure(layout)
+    spec = found.layout.spec
+    t = unpack(inputs, outputs, found.layout)
+    draws_seeded = spec.draws > 0 and not t.noise
     # Samples that are all treated alike are one long sample, whose tiles are whole and aligned
     # whatever the size of a sample.
-    alike = not (draws_seeded or learned) and all(
-        value is None or value.numel() == 1 for value in (rows, guidance_scale, threshold)
+    alike = not (draws_seeded or spec.learned) and all(
+        value is None or value.numel() == 1 for value in (t.rows, t.guidance_scale, t.threshold)
     )
-    batch = 1 if alike else out[0].shape[0]
-    written = out if model_input is None else [*out, model_input]
+    batch = 1 if alike else outputs[0].shape[0]
     tiles = tiling(
-        size // batch, batch, [*states, *model_outputs, *noise, *written],
+        size // batch, batch, [*t.states, *t.model_outputs, *t.noise, *outputs],
         makes_noise=draws_seeded, nvidia=nvidia, policy=policy, block=block,
-        light=_is_light(spec, states, model_outputs, written),
+        light=_is_light(found.layout, outputs),
     )  # fmt: skip
-    seed, *counters = counter
     arguments = (
-        tuple(states), tuple(model_outputs), tuple(noise), tuple(out), model_input,
-        table, rows, keys, draws, guidance_scale, threshold,
-        table.shape[0] - 1, *halves(seed), *counters, batch * tiles.units, tiles.units,
+        tuple(t.states), tuple(t.model_outputs), tuple(t.noise), tuple(t.out), t.model_input,
+        t.table, t.rows, t.keys, t.draws, t.guidance_scale, t.threshold, t.table.shape[0] - 1,
+        *halves(seed), sample_offset, step, stream, batch * tiles.units, tiles.units,
     )  # fmt: skip
     constants = {
-        **_constants(tuple(spec), len(states)),
-        "COPIES": 0 if model_input is None else model_input.numel() // size,
-        "FAST": nvidia and bool(spec[3]),
-        "ROW_STRIDE": int(rows.numel() > 1),
-        "GUIDANCE_STRIDE": int(guidance_scale is not None and guidance_scale.numel() > 1),
-        "THRESHOLD_STRIDE": int(threshold is not None and threshold.numel() > 1),
+        **found.constants,
+        "COPIES": 0 if t.model_input is None else t.model_input.numel() // size,
+        "FAST": nvidia and spec.fast,
+        "ROW_STRIDE": int(t.rows.numel() > 1),
+        "GUIDANCE_STRIDE": int(t.guidance_scale is not None and t.guidance_scale.numel() > 1),
+        "THRESHOLD_STRIDE": int(t.threshold is not None and t.threshold.numel() > 1),
         **tiles.constants,
     }
     return Launch(step_kernel, tiles.grid, arguments, constants, tiles.options)

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from fastdiff.kernels import chain, randn, step
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.policy import policy_of
-from fastdiff.ops.step import StepSpec
+from fastdiff.ops.step import StepSpec, step_arguments
 
 
 class Driver:
@@ -63,11 +63,11 @@ def steps(
             table, draws = torch.zeros(table_rows, spec.width), torch.zeros(table_rows, 1, 2).long()
             for place, number in enumerate(rows):
                 row = torch.tensor(rows)[place : place + 1]  # of a plan's rows: every 8 bytes
-                counter = [number - 2**30, number, number, number]
-                yield step.prepare(
-                    [x], [o], [], table, row, None, draws, None, None,
-                    spec.encoded, counter, [x], None, policy=policy_of("sm_90"),
-                )  # fmt: skip
+                counter = (number - 2**30, number, number, number)
+                call = step_arguments(
+                    spec, [x], table, row, [x], model_outputs=[o], draws=draws, counter=counter
+                )
+                yield step.prepare(*call, policy=policy_of("sm_90"))
 
 
 def randns() -> Iterator[Launch | None]:

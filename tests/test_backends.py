@@ -131,13 +131,14 @@ def test_info_lists_every_backend_and_operation():
 def step_arguments():
     from fastdiff.ops import tables
     from fastdiff.ops.step import StepSpec
+    from fastdiff.ops.step import step_arguments as arguments
 
     table = tables.uploaded(SCHEDULE, "x_t+noise", CPU, torch.float32)
-    spec = StepSpec(states=1, outputs=(9, 8), draws=1).encoded
+    spec = StepSpec(states=1, outputs=(9, 8), draws=1)
     out = [torch.empty_like(X), torch.empty_like(X)]
-    return (
-        [X], [], [], table, torch.tensor([3, 4]), None, None, None, None, spec, [1, 0, 0, 2], out,
-        torch.empty(4, 3, 5, dtype=torch.bfloat16),
+    return arguments(
+        spec, [X], table, torch.tensor([3, 4]), out, counter=(1, 0, 0, 2),
+        model_input=torch.empty(4, 3, 5, dtype=torch.bfloat16),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastdiff.backends import build
 from fastdiff.backends.toolchain import find_compiler
 from fastdiff.ops.schemas import SCHEMAS
-from fastdiff.ops.step import HEADER, StepSpec
+from fastdiff.ops.step import HEADER, StepSpec, step_arguments
 from fastdiff.profiling import sass
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -126,7 +126,7 @@ class Case:
             self.guidance = torch.randn(1 if uniform else batch)
         if threshold:
             self.threshold = torch.rand(1 if uniform else batch) + 0.5
-        self.counter = [pick.getrandbits(62), pick.randint(0, 9), 3, 1]
+        self.counter = (pick.getrandbits(62), pick.randint(0, 9), 3, 1)
         self._poison(self.states)
 
     def _poison(self, states: list[Tensor]) -> None:
@@ -154,10 +154,11 @@ class Case:
         model_input = None
         if self.copies:
             model_input = empty(self.copies * self.batch, self.n, dtype=self.input_dtype)
-        step(
-            self.states, self.models, self.noise, self.table, self.rows, self.keys, self.draws,
-            self.guidance, self.threshold, self.spec.encoded, self.counter, out, model_input,
-        )  # fmt: skip
+        step(*step_arguments(
+            self.spec, self.states, self.table, self.rows, out, model_outputs=self.models,
+            noise=self.noise, keys=self.keys, draws=self.draws, guidance_scale=self.guidance,
+            threshold=self.threshold, counter=self.counter, model_input=model_input,
+        ))  # fmt: skip
         written += [*out, *([model_input] if model_input is not None else [])]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.backends import build as builder
 from fastdiff.backends import native
 from fastdiff.ops.call import pack_table
-from fastdiff.ops.step import HEADER, StepSpec
+from fastdiff.ops.step import HEADER, StepSpec, step_arguments
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "noise_kat.json").read_text())
 CPU = torch.device("cpu")
@@ -127,10 +127,7 @@ def identity_step(value: Tensor, dtype: torch.dtype) -> Tensor:
     table[0, len(HEADER) + 2] = 1.0
     out = poisoned(tuple(value.shape), dtype)
     rows = torch.zeros(1, dtype=torch.int64)
-    none = (None, None, None, None)
-    op("native", "step")(
-        [value], [], [], table, rows, *none, spec.encoded, [0, 0, 0, 0], [out], None
-    )
+    op("native", "step")(*step_arguments(spec, [value], table, rows, [out]))
     return out
 
 
@@ -163,10 +160,8 @@ def test_bfloat16_sums_round_as_torch_rounds_them() -> None:
         table = torch.zeros(1, spec.width)
         table[0, len(HEADER) + 2] = coefficient
         out = poisoned((1, 2**16), torch.bfloat16)
-        op("native", "step")(
-            [value[None]], [], [], table, torch.zeros(1, dtype=torch.int64), None, None, None,
-            None, spec.encoded, [0, 0, 0, 0], [out], None,
-        )  # fmt: skip
+        rows = torch.zeros(1, dtype=torch.int64)
+        op("native", "step")(*step_arguments(spec, [value[None]], table, rows, [out]))
         expected = (value.float() * coefficient).to(torch.bfloat16)[None]
         assert_same_bits(out, expected, f"{coefficient}")
 
@@ -235,7 +230,7 @@ class Case:
         self.threshold = None
         if clamped and choose.random() < 0.5:
             self.threshold = torch.rand(choose.choice((1, batch))) + 0.5
-        self.counter = [choose.getrandbits(62), choose.randint(0, 9), 3, 1]
+        self.counter = (choose.getrandbits(62), choose.randint(0, 9), 3, 1)
         self.out_dtypes = [dtype() for _ in masks]
         self.input_copies, self.input_dtype = choose.choice((0, 1, 2)), dtype()
         self.offset = offset
@@ -267,11 +262,11 @@ class Case:
         if model_input is None and self.input_copies:
             batch = self.input_copies * shape[0]
             model_input = poisoned((batch, *shape[1:]), self.input_dtype, self.offset)
-        op(backend, "step")(
-            self.states, self.model_outputs, self.noise, self.table, self.rows, self.keys,
-            self.draws, self.guidance, self.threshold, self.spec.encoded, self.counter, out,
-            model_input,
-        )  # fmt: skip
+        op(backend, "step")(*step_arguments(
+            self.spec, self.states, self.table, self.rows, out, model_outputs=self.model_outputs,
+            noise=self.noise, keys=self.keys, draws=self.draws, guidance_scale=self.guidance,
+            threshold=self.threshold, counter=self.counter, model_input=model_input,
+        ))  # fmt: skip
         return out + ([] if model_input is None else [model_input])
 
     def check(self, what: str) -> None:
@@ -303,10 +298,10 @@ def test_clamp_node_between_any_source_and_output_types(source: torch.dtype) -> 
                 results = []
                 for backend in ("native", "reference"):
                     out = [poisoned((2, 300), first), poisoned((2, 300), second)]
-                    op(backend, "step")(
-                        [x], models, [], table, torch.tensor([1, 0]), None, None, guidance, None,
-                        spec.encoded, [0, 0, 0, 0], out, None,
-                    )  # fmt: skip
+                    op(backend, "step")(*step_arguments(
+                        spec, [x], table, torch.tensor([1, 0]), out, model_outputs=models,
+                        guidance_scale=guidance,
+                    ))  # fmt: skip
                     results.append(out)
                 for actual, expected in zip(*results, strict=True):
                     assert_same_bits(actual, expected, f"{first} {second}")
@@ -326,10 +321,9 @@ def test_learned_variance_outside_every_range(compute: torch.dtype) -> None:
     results = []
     for backend in ("native", "reference"):
         out = poisoned((3, 1000), compute)
-        op(backend, "step")(
-            [x], [output], [], table, torch.arange(3), None, None, None, None, spec.encoded,
-            [5, 0, 1, 1], [out], None,
-        )  # fmt: skip
+        op(backend, "step")(*step_arguments(
+            spec, [x], table, torch.arange(3), [out], model_outputs=[output], counter=(5, 0, 1, 1)
+        ))  # fmt: skip
         results.append(out)
     assert_same_bits(*results)
 
@@ -389,12 +383,11 @@ def test_outputs_larger_than_the_caches(dtype: torch.dtype) -> None:
     spec = StepSpec(states=1, outputs=(0b11,))
     table = torch.randn(2, spec.width)
     x, uncond, cond = (torch.randn(2, n).to(dtype) for _ in range(3))
-    arguments = (
-        [x], [uncond, cond], [], table, torch.tensor([1, 0]), None, None, torch.tensor([7.5]),
-        None, spec.encoded, [0, 0, 0, 0],
-    )  # fmt: skip
     out, expected = poisoned((2, n), dtype), poisoned((2, n), dtype)
-    op("native", "step")(*arguments, [out], None)
+    op("native", "step")(*step_arguments(
+        spec, [x], table, torch.tensor([1, 0]), [out], model_outputs=[uncond, cond],
+        guidance_scale=torch.tensor([7.5]),
+    ))  # fmt: skip
     a, b = (table[[1, 0], len(HEADER) + 2 + k, None] for k in (0, 1))
     u, c = uncond.float(), cond.float()
     expected = (a * x.float() + b * (u + 7.5 * (c - u))).to(dtype)
@@ -409,10 +402,9 @@ def test_mixed_results_larger_than_the_caches() -> None:
     x, model = torch.randn(1, n), torch.randn(1, n).bfloat16()
     out = [poisoned((1, n), torch.float32) for _ in range(2)]
     model_input = poisoned((2, n), torch.bfloat16)
-    op("native", "step")(
-        [x], [model], [], table, torch.tensor([0]), None, None, None, None, spec.encoded,
-        [0, 0, 0, 0], out, model_input,
-    )  # fmt: skip
+    op("native", "step")(*step_arguments(
+        spec, [x], table, torch.tensor([0]), out, model_outputs=[model], model_input=model_input
+    ))  # fmt: skip
     first = spec.columns - 1 + len(HEADER)
     a, b = table[0, first], table[0, first + 1]
     expected = a * x + b * model.float()
@@ -475,12 +467,11 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mask", [0b010, 0b100])
 def test_columns_without_a_tensor_are_refused(mask: int) -> None:
     spec = StepSpec(states=1, outputs=(mask,))
-    x = torch.zeros(1, 4)
+    x, rows = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="does not have"):
-        op("native", "step")(
-            [x], [], [], torch.ones(1, spec.width), torch.zeros(1, dtype=torch.int64), None, None,
-            None, None, spec.encoded, [0, 0, 0, 0], [torch.zeros(1, 4)], None,
-        )  # fmt: skip
+        op("native", "step")(*step_arguments(
+            spec, [x], torch.ones(1, spec.width), rows, [torch.zeros(1, 4)]
+        ))  # fmt: skip
 
 
 def test_empty_batches_and_samples_write_nothing() -> None:
@@ -509,7 +500,6 @@ def test_operands_of_another_size_are_refused_by_the_kernel_itself():
     rows = torch.zeros(1, dtype=torch.int64)
     for states, outputs in (([x], [torch.ones(1)]), ([torch.ones(1)], [x])):
         with pytest.raises(RuntimeError, match="6 elements each, not 1"):
-            torch.ops.fastdiff_native.step(
-                states, outputs, [], table, rows, None, None, None, None, spec.encoded,
-                [0, 0, 0, 0], [torch.empty(2, 3)], None,
-            )  # fmt: skip
+            torch.ops.fastdiff_native.step(*step_arguments(
+                spec, states, table, rows, [torch.empty(2, 3)], model_outputs=outputs
+            ))  # fmt: skip

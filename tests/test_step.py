@@ -9,7 +9,7 @@ import torch
 import fastdiff as fd
 from fastdiff.backends import operation
 from fastdiff.ops.exp import exp
-from fastdiff.ops.step import HEADER, StepSpec
+from fastdiff.ops.step import HEADER, StepSpec, step_arguments
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def make_case(rng: np.random.Generator, n: int, dtype: torch.dtype, force: dict 
         if models == 2 else None,
         threshold=torch.from_numpy(rng.random(batch if pick(2) else 1) + 0.3).float()
         if clamp and pick(2) else None,
-        spec=spec.encoded, counter=[int(pick(-(1 << 60), 1 << 60)), int(pick(1 << 31)), 5, 1],
+        spec=spec, counter=(int(pick(-(1 << 60), 1 << 60)), int(pick(1 << 31)), 5, 1),
     ), model_dtype  # fmt: skip
 
 
@@ -92,7 +92,8 @@ def execute(backend, case, outputs, input_dtype, copies):
     model_input = None
     if copies:
         model_input = torch.full((copies * x.shape[0], x.shape[1]), torch.nan, dtype=input_dtype)
-    operation("step", CPU, case["table"].dtype, backend)(*case.values(), out, model_input)
+    call = step_arguments(**case, out=out, model_input=model_input)
+    operation("step", CPU, case["table"].dtype, backend)(*call)
     return [*out, *([model_input] if copies else [])]
 
 
@@ -104,7 +105,7 @@ def test_random_steps_agree_on_every_backend(accelerated, assert_same_bits, dtyp
     rng = np.random.default_rng([seed, len(str(dtype))])
     for n in (int(rng.integers(1, 40)), int(rng.choice([127, 128, 255, 256, 1000, 4097]))):
         case, model_dtype = make_case(rng, n, dtype)
-        count, copies = len(case["spec"]) - 5, int(rng.integers(0, 3))
+        count, copies = len(case["spec"].outputs), int(rng.integers(0, 3))
         actual = execute(accelerated, case, count, model_dtype, copies)
         assert_same_bits(actual, execute("reference", case, count, model_dtype, copies))
 
@@ -131,7 +132,8 @@ def test_states_may_be_overwritten(accelerated, assert_same_bits):
                             dict(states=3, outputs=3, models=1))  # fmt: skip
         expected = execute("reference", case, 3, torch.float32, 0)
         case["states"] = [s.clone() for s in case["states"]]
-        operation("step", CPU, torch.float32, accelerated)(*case.values(), case["states"], None)
+        call = step_arguments(**case, out=case["states"])
+        operation("step", CPU, torch.float32, accelerated)(*call)
         assert_same_bits(case["states"], expected)
 
 
@@ -146,7 +148,7 @@ def test_unaligned_memory(accelerated, assert_same_bits):
             moved.append(room[by:].view(value.shape))
         return moved
 
-    count = len(case["spec"]) - 5
+    count = len(case["spec"].outputs)
     expected = execute("reference", case, count, torch.float32, 0)
     for by in (1, 2, 3):
         for name in ("states", "model_outputs", "noise"):
@@ -175,8 +177,7 @@ def numpy_step(case, learned):
     states = [s.double().numpy() for s in case["states"]]
     batch, n = states[0].shape
     table = case["table"].numpy().astype(f8)[np.broadcast_to(case["rows"].numpy(), batch)]
-    draws, clamp_mask = case["spec"][0], case["spec"][4]
-    outputs = len(case["spec"]) - 5
+    spec = case["spec"]
     models = [m.double().numpy() for m in case["model_outputs"]]
     o = np.zeros((batch, n))
     scale = 1.0
@@ -190,9 +191,9 @@ def numpy_step(case, learned):
             scale = np.exp(f * table[:, 4:5] + (1 - f) * table[:, 3:4])
     z = [v.double().numpy() * scale for v in case["noise"]]
     s = [np.nan_to_num(v) for v in states]
-    first, columns = 5, len(s) + 2 + draws
+    first, columns = 5, len(s) + 2 + spec.draws
     c = np.zeros((batch, n))
-    if clamp_mask >= 0:
+    if spec.clamp is not None:
         c = sum(table[:, first + k, None] * v for k, v in enumerate([*s, o, *z]))
         if case["threshold"] is None:
             c = np.clip(c, table[:, 0:1], table[:, 1:2])
@@ -202,7 +203,7 @@ def numpy_step(case, learned):
     first += columns - 1
     return [
         sum(table[:, first + r * columns + k, None] * v for k, v in enumerate([*s, o, c, *z]))
-        for r in range(outputs)
+        for r in range(len(spec.outputs))
     ]
 
 
@@ -211,9 +212,9 @@ def test_the_definition_is_the_formula(seed):
     """Float64 data against NumPy; noise given, as the noise has tests of its own."""
     rng = np.random.default_rng(seed)
     case, _ = make_case(rng, 50, torch.float64, dict(seeded=False))
-    learned = bool(case["spec"][2])
-    actual = execute("reference", case, len(case["spec"]) - 5, torch.float64, 0)
-    for got, expected in zip(actual, numpy_step(case, learned), strict=True):
+    spec = case["spec"]
+    actual = execute("reference", case, len(spec.outputs), torch.float64, 0)
+    for got, expected in zip(actual, numpy_step(case, spec.learned), strict=True):
         np.testing.assert_allclose(
             got.numpy(), np.broadcast_to(expected, got.shape), rtol=1e-11, atol=1e-11
         )
@@ -225,9 +226,8 @@ def test_clamp_passes_nan_and_keeps_signed_zero(backend):
     x = torch.tensor([[torch.nan, -0.0, 0.5, -2.0, 3.0, torch.inf, -torch.inf]])
     out = torch.empty_like(x)
     operation("step", CPU, torch.float32)(
-        [x], [], [], table, torch.tensor([0]), None, None, None, None, spec.encoded, [0, 0, 0, 0],
-        [out], None,
-    )  # fmt: skip
+        *step_arguments(spec, [x], table, torch.tensor([0]), [out])
+    )
     expected = torch.tensor([[torch.nan, -0.0, 0.5, 0.0, 1.0, 1.0, 0.0]])
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[:, 1:].view(torch.int32), expected[:, 1:].view(torch.int32))
@@ -245,9 +245,8 @@ def test_infinities_and_signed_zeros_add_as_ieee_does(backend):
     y = torch.tensor([[-0.0, 2.0, 3.0]])
     out = [torch.empty_like(x) for _ in range(3)]
     operation("step", CPU, torch.float32)(
-        [x, y], [], [], table, torch.tensor([0]), None, None, None, None, spec.encoded,
-        [0, 0, 0, 0], out, None,
-    )  # fmt: skip
+        *step_arguments(spec, [x, y], table, torch.tensor([0]), out)
+    )
     assert torch.equal(out[0][:, :2].view(torch.int32), x[:, :2].view(torch.int32))
     assert torch.equal(out[1].view(torch.int32), y.view(torch.int32))
     assert torch.equal(out[2].view(torch.int32), torch.full((1, 3), -0.0).view(torch.int32))

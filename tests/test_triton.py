@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.noise import STREAM_CHAIN
-from fastdiff.ops.step import StepSpec
+from fastdiff.ops.step import StepSpec, step_arguments
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -165,8 +166,8 @@ class Case:
     block: int | None = None
     tiles: int | None = None
 
-    def arguments(self, seed: int) -> tuple[list, list[Tensor], Tensor | None]:
-        """Arguments up to `counter`, and the poisoned outputs."""
+    def arguments(self, seed: int) -> tuple[dict[str, Any], list[Tensor], Tensor | None]:
+        """The arguments of step_arguments() without the outputs, and these, poisoned."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -187,23 +188,29 @@ class Case:
         rows = torch.randint(0, 5, (self.batch if self.row_per_sample else 1,), generator=generator)
         keys = torch.tensor([[-7 - b, 2**32 - 1 - b] for b in range(self.batch)])
         draws = torch.randint(0, 2**32, (5, self.draws, 2), generator=generator)
-        arguments = [
-            [random(*shape, dtype=self.dtype) for _ in range(self.states)],
-            [random(self.batch, channels, dtype=self.model_dtype) for _ in range(self.models)],
-            [random(*shape, dtype=self.dtype) for _ in range(self.draws * self.given_noise)],
-            table,
-            rows,
-            keys if self.keys else None,
-            draws if self.draw_table else None,
-            random(self.batch) if self.models == 2 else None,
-            random(1).abs() if self.threshold else None,
-            spec.encoded,
-            [2**40 + 7, 3, 9, 1],
-        ]
+        arguments = dict(
+            spec=spec,
+            states=[random(*shape, dtype=self.dtype) for _ in range(self.states)],
+            model_outputs=[
+                random(self.batch, channels, dtype=self.model_dtype) for _ in range(self.models)
+            ],
+            noise=[random(*shape, dtype=self.dtype) for _ in range(self.draws * self.given_noise)],
+            table=table,
+            rows=rows,
+            keys=keys if self.keys else None,
+            draws=draws if self.draw_table else None,
+            guidance_scale=random(self.batch) if self.models == 2 else None,
+            threshold=random(1).abs() if self.threshold else None,
+            counter=(2**40 + 7, 3, 9, 1),
+        )
         out = [poisoned(*shape, dtype=self.out_dtype) for _ in range(self.outputs)]
         size = self.copies * self.batch
         model_input = poisoned(size, self.n, dtype=self.model_dtype) if size else None
         return arguments, out, model_input
+
+
+def made(arguments: dict[str, Any], out: list[Tensor], model_input: Tensor | None) -> tuple:
+    return step_arguments(**arguments, out=out, model_input=model_input)
 
 
 CASES = {
@@ -250,15 +257,15 @@ def test_step_is_the_references(name, assert_same_bits):
     case = CASES[name]
     for seed in range(2):
         arguments, out, model_input = case.arguments(seed)
-        REFERENCE.step(*arguments, out, model_input)
+        REFERENCE.step(*made(arguments, out, model_input))
         expected = [*out, model_input] if case.copies else out
         arguments, out, model_input = case.arguments(seed)
         if case.block is None and case.tiles is None:
-            TRITON.step(*arguments, out, model_input)
+            TRITON.step(*made(arguments, out, model_input))
         else:
             policy = None if case.tiles is None else cut(case.tiles)
             run = step.prepare(
-                *arguments, out, model_input, nvidia=False, policy=policy, block=case.block
+                *made(arguments, out, model_input), nvidia=False, policy=policy, block=case.block
             )
             run()
         assert_same_bits([*out, model_input] if case.copies else out, expected)
@@ -269,10 +276,10 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch, assert_same_bits):
     for name in ("guidance", "learned variance", "pieces of a dense row"):
         case = CASES[name]
         arguments, expected, expected_input = case.arguments(0)
-        TRITON.step(*arguments, expected, expected_input)
+        TRITON.step(*made(arguments, expected, expected_input))
         arguments, out, model_input = case.arguments(0)
         monkeypatch.setattr(launch, "LARGE_NUMEL", 1)
-        run = step.prepare(*arguments, out, model_input, nvidia=False)
+        run = step.prepare(*made(arguments, out, model_input), nvidia=False)
         assert run.constants["LARGE"]
         run()
         monkeypatch.undo()
@@ -282,7 +289,7 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch, assert_same_bits):
 def test_samples_that_are_alike_are_one_long_sample():
     def batch_of(**changes) -> int:
         arguments, out, model_input = Case(**{"row_per_sample": False, **changes}).arguments(0)
-        return step.prepare(*arguments, out, model_input, nvidia=False).grid[1]
+        return step.prepare(*made(arguments, out, model_input), nvidia=False).grid[1]
 
     assert batch_of(draws=0) == batch_of(draws=1, given_noise=True) == 1
     assert batch_of(draws=0, threshold=True) == 1
@@ -296,57 +303,60 @@ def test_samples_that_are_alike_are_one_long_sample():
 def test_step_on_memory_that_is_not_aligned(dtype, assert_same_bits):
     case = Case(dtype=dtype, model_dtype=dtype, out_dtype=dtype, n=1030, batch=2, zeros=0.0)
     arguments, expected, expected_input = case.arguments(0)
-    REFERENCE.step(*arguments, expected, expected_input)
+    REFERENCE.step(*made(arguments, expected, expected_input))
 
     def moved(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
 
-    states, outputs = ([moved(t).copy_(t) for t in group] for group in arguments[:2])
+    for name in ("states", "model_outputs"):
+        arguments[name] = [moved(t).copy_(t) for t in arguments[name]]
     out, model_input = [moved(t) for t in expected], moved(expected_input)
-    TRITON.step(states, outputs, *arguments[2:], out, model_input)
+    TRITON.step(*made(arguments, out, model_input))
     assert_same_bits([*out, model_input], [*expected, expected_input])
 
 
 def test_step_in_place(assert_same_bits):
     case = Case(states=3, outputs=3, zeros=0.0)
     arguments, out, model_input = case.arguments(0)
-    REFERENCE.step(*arguments, out, model_input)
-    states = arguments[0]
-    TRITON.step(*arguments, states, None)
+    REFERENCE.step(*made(arguments, out, model_input))
+    states = arguments["states"]
+    TRITON.step(*made(arguments, states, None))
     assert_same_bits(states, out)
 
 
 def test_step_does_not_read_a_column_of_zero_coefficients():
     case = Case(states=2, models=2, learned=True, draws=1, given_noise=True, copies=0)
     arguments, out, _ = case.arguments(0)
-    states, model_outputs, given, table = arguments[:4]
+    states, model_outputs, given, table = (
+        arguments[name] for name in ("states", "model_outputs", "noise", "table")
+    )
     table[:, 5:] = 0
     table[:, 5 + 4] = 2.0  # S0 in the output; P has the four columns S0, S1, o, z before it
     for poison in (states[1], *model_outputs, *given):
         poison.fill_(torch.nan)
-    TRITON.step(*arguments, out, None)
+    TRITON.step(*made(arguments, out, None))
     assert torch.equal(out[0], states[0] * 2)
 
 
 def test_step_sum_of_nothing_is_minus_zero():
     arguments, out, _ = Case(zeros=1.0, copies=0).arguments(0)
-    TRITON.step(*arguments, out, None)
+    TRITON.step(*made(arguments, out, None))
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert out[0].signbit().all()
 
 
 def test_step_of_a_row_outside_the_table_is_nan():
     arguments, out, model_input = Case(batch=4).arguments(0)
-    arguments[4] = torch.tensor([0, -1, 5, 4])
-    TRITON.step(*arguments, out, model_input)
+    arguments["rows"] = torch.tensor([0, -1, 5, 4])
+    TRITON.step(*made(arguments, out, model_input))
     for value in (out[0], model_input):
         assert value.isnan().all(dim=1).tolist() == [False, True, True, False]
 
 
 def test_step_clamp_passes_nan():
     arguments, out, _ = Case(zeros=0.0, copies=0).arguments(0)
-    arguments[1][0][1, 17] = torch.nan
-    TRITON.step(*arguments, out, None)
+    arguments["model_outputs"][0][1, 17] = torch.nan
+    TRITON.step(*made(arguments, out, None))
     assert out[0].isnan().nonzero().tolist() == [[1, 17]]
 
 
@@ -388,13 +398,13 @@ def test_operations_pass_opcheck():
     arguments, out, model_input = Case(n=8, batch=2).arguments(0)
     chained = (torch.zeros(2, 8), None, torch.ones(3, 2), torch.arange(3), None, 1, 0, False)
     torch.library.opcheck(TRITON.randn.default, (torch.zeros(2, 8), None, 1, 0, 0, 0, 0, False))
-    torch.library.opcheck(TRITON.step.default, (*arguments, out, model_input))
+    torch.library.opcheck(TRITON.step.default, made(arguments, out, model_input))
     torch.library.opcheck(TRITON.chain.default, (*chained, torch.zeros(3, 2, 8)))
 
 
 def test_nothing_happens_to_empty_tensors():
     arguments, out, model_input = Case(n=0).arguments(0)
-    TRITON.step(*arguments, out, model_input)
+    TRITON.step(*made(arguments, out, model_input))
     TRITON.randn(torch.empty(0, 5), None, 0, 0, 0, 0, 0, False)
     TRITON.chain(
         torch.empty(2, 0), None, torch.ones(1, 2), torch.zeros(1, dtype=torch.int64), None, 0, 0,

@@ -46,9 +46,6 @@ const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
-// (B,) steps by 1 through the batch, (1,) stays.
-int64_t batch_stride(const Tensor& tensor) { return tensor.numel() > 1 ? 1 : 0; }
-
 #if defined(FASTDIFF_CUDA)
 // What went wrong with a launch, and what to do about it.
 std::string failure(cudaError_t error, int device) {
@@ -109,84 +106,178 @@ void randn(Tensor out, std::optional<Tensor> keys, int64_t seed, int64_t sample_
   launch(&fastdiff::launch_randn, p, out);
 }
 
-// Kernels see no sizes: a short operand would be read past its end.
-void fill(const std::vector<Tensor>& tensors, Operand* operands, int limit, int64_t elements,
-          const char* name) {
-  STD_TORCH_CHECK(tensors.size() <= static_cast<size_t>(limit), "at most ", limit, " ", name,
-                  ", not ", tensors.size());
-  for (size_t k = 0; k < tensors.size(); ++k) {
-    STD_TORCH_CHECK(tensors[k].numel() == elements, name, " must have ", elements,
-                    " elements each, not ", tensors[k].numel());
-    operands[k] = operand(tensors[k]);
+// Reads StepSpec.layout() of fastdiff/ops/step.py from left to right.
+class Layout {
+ public:
+  explicit Layout(const std::string& text) : next_(text.data()), end_(next_ + text.size()) {}
+
+  bool ends() const { return next_ == end_; }
+
+  int32_t field(int digits) {
+    STD_TORCH_CHECK(end_ - next_ >= digits, kMalformed);
+    int32_t value = 0;
+    for (; digits > 0; --digits) {
+      const char c = *next_++;
+      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+      STD_TORCH_CHECK(digit >= 0, kMalformed);
+      value = value << 4 | digit;
+    }
+    return value;
   }
+
+  int32_t mask() { return field(4); }
+
+  // A mask, or -1 for "-".
+  int32_t mask_if_any() {
+    if (ends() || *next_ != '-') return mask();
+    ++next_;
+    return -1;
+  }
+
+ private:
+  static constexpr const char* kMalformed = "layout must be a string of StepSpec.layout";
+  const char *next_, *end_;
+};
+
+template <class T>
+const T* pointer(const Tensor& tensor, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " is of another dtype than it must be");
+  return static_cast<const T*>(tensor.data_ptr());
 }
 
-void step(std::vector<Tensor> states, std::vector<Tensor> model_outputs, std::vector<Tensor> noise,
-          Tensor table, Tensor rows, std::optional<Tensor> keys, std::optional<Tensor> draws,
-          std::optional<Tensor> guidance_scale, std::optional<Tensor> threshold,
-          std::vector<int64_t> spec, std::vector<int64_t> counter, std::vector<Tensor> out,
-          std::optional<Tensor> model_input) {
+// Takes the tensors of a list in turn. Kernels see no sizes: a short operand would be read past
+// its end, so every tensor that is taken has as many elements as it must.
+class Tensors {
+ public:
+  explicit Tensors(const std::vector<Tensor>& tensors) : tensors_(tensors) {}
+
+  const Tensor& take(const char* name) {
+    STD_TORCH_CHECK(taken_ < tensors_.size(), "layout names more tensors than there are: no ",
+                    name);
+    return tensors_[taken_++];
+  }
+
+  const Tensor& take(const char* name, int64_t elements) {
+    const Tensor& tensor = take(name);
+    STD_TORCH_CHECK(tensor.numel() == elements, name, " must have ", elements,
+                    " elements each, not ", tensor.numel());
+    return tensor;
+  }
+
+  // One value, or one for every sample.
+  template <class T>
+  const T* take_per_sample(const char* name, ScalarType type, int64_t batch, int64_t* stride) {
+    const Tensor& tensor = take(name);
+    const int64_t count = tensor.numel();
+    STD_TORCH_CHECK(count == 1 || count == batch, name, " must have 1 or ", batch,
+                    " elements, not ", count);
+    *stride = count > 1 ? 1 : 0;
+    return pointer<T>(tensor, type, name);
+  }
+
+  void fill(Operand* operands, int count, int64_t elements, const char* name) {
+    for (int k = 0; k < count; ++k) operands[k] = operand(take(name, elements));
+  }
+
+  bool all_taken() const { return taken_ == tensors_.size(); }
+
+ private:
+  const std::vector<Tensor>& tensors_;
+  size_t taken_ = 0;
+};
+
+void at_most(int32_t limit, int32_t count, const char* name) {
+  STD_TORCH_CHECK(count <= limit, "at most ", limit, " ", name, ", not ", count);
+}
+
+void step(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout,
+          int64_t seed, int64_t sample_offset, int64_t step, int64_t stream) {
   using namespace fastdiff;
-  constexpr size_t kSpecHead = 5;  // draws, noise dtype, learned, fast, clamp mask; then the rows
-  STD_TORCH_CHECK(spec.size() == kSpecHead + out.size() && counter.size() == 4 && !out.empty(),
-                  "spec and counter must have the form of StepSpec.encoded");
   StepParams p{};
-  const int64_t elements = out[0].numel();
-  fill(states, p.state, kMaxStates, elements, "states");
-  fill(model_outputs, p.model_output, 2, spec[2] ? 2 * elements : elements, "model outputs");
-  fill(noise, p.noise, kMaxDraws, elements, "noise tensors");
-  fill(out, p.out, kMaxOutputs, elements, "outputs");
-  p.batch = out[0].size(0);
-  p.n = p.batch ? elements / p.batch : 0;
-  p.states = static_cast<int32_t>(states.size());
-  p.model_outputs = static_cast<int32_t>(model_outputs.size());
-  p.outputs = static_cast<int32_t>(out.size());
-  p.draws = static_cast<int32_t>(spec[0]);
-  p.noise_dtype = static_cast<DType>(spec[1]);
-  p.learned = spec[2] != 0;
-  p.fast = spec[3] != 0;
-  p.clamp_mask = static_cast<int32_t>(spec[4]);
+  Layout facts(layout);
+  p.model_outputs = facts.field(1);
+  const int32_t noise = facts.field(1);
+  const int32_t optional = facts.field(1);
+  p.states = facts.field(1);
+  p.draws = facts.field(1);
+  const int32_t kind = facts.field(1);
+  p.noise_dtype = static_cast<DType>(kind & 3);
+  p.learned = (kind & 4) != 0;
+  p.fast = (kind & 8) != 0;
+  p.clamp_mask = facts.mask_if_any();
+  at_most(2, p.model_outputs, "model outputs");
+  at_most(kMaxStates, p.states, "states");
+  at_most(kMaxDraws, p.draws, "draws");
   const int32_t no_model = p.model_outputs == 0 ? 1 << p.states : 0;
   const int32_t no_clamp = p.clamp_mask < 0 ? 2 << p.states : 0;
-  bool exist = p.clamp_mask < 0 || !(p.clamp_mask & no_model);
-  for (int r = 0; r < p.outputs; ++r) {
-    p.output_mask[r] = static_cast<int32_t>(spec[kSpecHead + static_cast<size_t>(r)]);
-    exist = exist && !(p.output_mask[r] & (no_model | no_clamp));
+  // A column that there is not would be a coefficient past the end of its row.
+  const int32_t beyond = -1 << (p.states + 2 + p.draws);
+  bool exist = p.clamp_mask < 0 || !(p.clamp_mask & (no_model | beyond >> 1));
+  while (!facts.ends()) {
+    at_most(kMaxOutputs, p.outputs + 1, "outputs");
+    const int32_t mask = facts.mask();
+    exist = exist && !(mask & (no_model | no_clamp | beyond));
+    p.output_mask[p.outputs++] = mask;
   }
-  STD_TORCH_CHECK(exist, "spec uses a model output or a clamp node that this step does not have");
-  p.seeded = noise.empty() && p.draws > 0;
-  STD_TORCH_CHECK(p.draws >= 0 && p.draws <= kMaxDraws, "at most ", kMaxDraws, " draws, not ",
-                  p.draws);
-  STD_TORCH_CHECK(p.seeded || p.draws == static_cast<int64_t>(noise.size()), "expected ", p.draws,
-                  " noise tensors, not ", noise.size());
-  if (model_input) {
-    p.model_input = operand(*model_input);
-    p.model_input_copies = elements ? static_cast<int32_t>(model_input->numel() / elements) : 0;
+  STD_TORCH_CHECK(exist, "layout uses a model output, clamp node or draw that this step does not ",
+                  "have");
+  STD_TORCH_CHECK(p.outputs > 0, "layout must have an output");
+  p.seeded = noise == 0 && p.draws > 0;
+  STD_TORCH_CHECK(p.seeded || p.draws == noise, "expected ", p.draws, " noise tensors, not ",
+                  noise);
+
+  Tensors written(outputs);
+  const Tensor& first = written.take("outputs");
+  const int64_t elements = first.numel();
+  p.out[0] = operand(first);
+  written.fill(p.out + 1, p.outputs - 1, elements, "outputs");
+  p.batch = first.size(0);
+  p.n = p.batch ? elements / p.batch : 0;
+  if (!written.all_taken()) {
+    const Tensor& model_input = written.take("model input");
+    p.model_input = operand(model_input);
+    p.model_input_copies = elements ? static_cast<int32_t>(model_input.numel() / elements) : 0;
     STD_TORCH_CHECK(p.model_input_copies <= 2, "model_input must hold the batch once or twice");
   }
+
+  Tensors read(inputs);
+  read.fill(p.state, p.states, elements, "states");
+  read.fill(p.model_output, p.model_outputs, p.learned ? 2 * elements : elements, "model outputs");
+  read.fill(p.noise, noise, elements, "noise tensors");
+  const Tensor& table = read.take("table");
   p.table = table.data_ptr();
   p.table_dtype = dtype_of(table);
   p.table_rows = table.size(0);
   p.table_width = table.size(1);
   const int64_t columns = p.states + 2 + p.draws;
   STD_TORCH_CHECK(p.table_width == kHeader + columns - 1 + p.outputs * columns, "table has ",
-                  p.table_width, " columns, which is not the width of this spec");
+                  p.table_width, " columns, which is not the width of this layout");
   STD_TORCH_CHECK(p.table_rows > 0, "table must have a row");
-  p.rows = static_cast<const int64_t*>(rows.data_ptr());
-  p.rows_stride = batch_stride(rows);
-  p.keys = data<int64_t>(keys);
-  p.draw_table = data<int64_t>(draws);
-  p.seed = counter[0];
-  p.sample_offset = counter[1];
-  p.step = counter[2];
-  p.stream = counter[3];
-  p.guidance_scale = data<float>(guidance_scale);
-  p.guidance_stride = guidance_scale ? batch_stride(*guidance_scale) : 0;
-  p.threshold = data<float>(threshold);
-  p.threshold_stride = threshold ? batch_stride(*threshold) : 0;
+  p.rows = read.take_per_sample<int64_t>("rows", ScalarType::Long, p.batch, &p.rows_stride);
+  if (optional & 1) {
+    p.keys = pointer<int64_t>(read.take("keys", 2 * p.batch), ScalarType::Long, "keys");
+  }
+  if (optional & 2) {
+    const Tensor& draws = read.take("draws", 2 * p.table_rows * p.draws);
+    p.draw_table = pointer<int64_t>(draws, ScalarType::Long, "draws");
+  }
+  if (optional & 4) {
+    p.guidance_scale = read.take_per_sample<float>("guidance_scale", ScalarType::Float, p.batch,
+                                                   &p.guidance_stride);
+  }
+  if (optional & 8) {
+    p.threshold = read.take_per_sample<float>("threshold", ScalarType::Float, p.batch,
+                                              &p.threshold_stride);
+  }
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
+                  "there are more tensors than layout names");
   STD_TORCH_CHECK(p.model_outputs < 2 || p.guidance_scale, "two model outputs need guidance_scale");
   STD_TORCH_CHECK(!p.learned || p.model_outputs > 0, "learned variance needs a model output");
-  launch(&launch_step, p, out[0]);
+  p.seed = seed;
+  p.sample_offset = sample_offset;
+  p.step = step;
+  p.stream = stream;
+  launch(&launch_step, p, first);
 }
 
 void chain(Tensor x_start, std::optional<Tensor> noise, Tensor table, Tensor slots,

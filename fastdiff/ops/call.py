@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdiff.backends import operation, select
-from fastdiff.ops.step import HEADER, StepSpec, step_values
+from fastdiff.ops.step import HEADER, StepSpec, step_arguments, step_values
 
 __all__ = [
     "call_step", "compute_dtype", "differentiated", "drawn_from", "noise_from", "pack_table",
@@ -73,9 +73,7 @@ def written(tensors: Sequence[Tensor]) -> None:
     """Tells autograd that tensors were overwritten, so that it refuses to use their old values."""
     if torch.compiler.is_compiling():
         return
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 class _Step(torch.autograd.Function):
@@ -99,12 +97,12 @@ class _Step(torch.autograd.Function):
         ]
         arguments = {k: v for k, v in ctx.arguments.items() if k != "backend"}
         states, outputs, noise, scale = _split(leaves, ctx.count)
-        spec: list[int] = arguments["spec"]
-        draws, _, learned, _, clamp_mask = spec[:5]
-        noise_bits = (1 << draws) - 1 << len(states) + 1
-        if draws and not noise and not learned and not (clamp_mask > 0 and clamp_mask & noise_bits):
+        spec: StepSpec = arguments["spec"]
+        noise_bits = (1 << spec.draws) - 1 << spec.states + 1
+        seeded = spec.draws > 0 and not noise
+        if seeded and not spec.learned and not (spec.clamp or 0) & noise_bits:
             # The gradient does not depend on the draws: no need to make them again.
-            noise = [torch.zeros_like(states[0])] * draws
+            noise = [torch.zeros_like(states[0])] * spec.draws
         with torch.enable_grad():
             values = step_values(states, outputs, noise, guidance_scale=scale, **arguments)
         wanted = [
@@ -145,8 +143,8 @@ def _run(
     keys: Tensor | None,
     draws: Tensor | None,
     threshold: Tensor | None,
-    spec: list[int],
-    counter: list[int],
+    spec: StepSpec,
+    counter: tuple[int, int, int, int],
     out_dtypes: list[torch.dtype],
     out: list[Tensor] | None = None,
     backend: str | None = None,
@@ -155,11 +153,13 @@ def _run(
     results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
     targets = [r if r.is_contiguous() else row_major(r) for r in results]
-    operation("step", first.device, table.dtype, backend)(
-        [s.contiguous() for s in states], [o.contiguous() for o in model_outputs],
-        [z.contiguous() for z in noise], table, rows, keys, draws, guidance_scale, threshold, spec,
-        counter, targets, None,
+    call = step_arguments(
+        spec, [s.contiguous() for s in states], table, rows, targets,
+        model_outputs=[o.contiguous() for o in model_outputs],
+        noise=[z.contiguous() for z in noise], keys=keys, draws=draws,
+        guidance_scale=guidance_scale, threshold=threshold, counter=counter,
     )  # fmt: skip
+    operation("step", first.device, table.dtype, backend)(*call)
     for k, target in enumerate(targets):
         if results[k] is not target:
             results[k].copy_(target)
@@ -211,7 +211,7 @@ def call_step(
     scales = [] if guidance_scale is None else [guidance_scale]
     arguments: dict[str, Any] = {
         "table": table, "rows": rows, "keys": keys, "draws": draws, "threshold": threshold,
-        "spec": spec.encoded, "counter": list(counter),
+        "spec": spec, "counter": counter,
         "out_dtypes": out_dtypes or [states[0].dtype] * len(spec.outputs),
     }  # fmt: skip
     if out is not None or not differentiated(states, model_outputs, noise, scales):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ from fastdiff.noise import normals, sample_keys
 from fastdiff.ops.exp import exp
 from fastdiff.ops.schemas import DTYPE_CODES
 
-__all__ = ["HEADER", "StepSpec", "step", "step_values"]
+__all__ = [
+    "HEADER", "Layout", "StepOperands", "StepSpec", "parse", "step", "step_arguments",
+    "step_values", "unpack",
+]  # fmt: skip
 
 # The first columns of a table row; then P over [S, o, z], then each A[r] over [S, o, c, z].
 HEADER = ("lo", "hi", "c_in", "half_log_variance_min", "half_log_variance_max")
@@ -47,7 +51,7 @@ class StepSpec:
             multiplied by exp(f * half_log_variance_max + (1 - f) * half_log_variance_min),
             f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
         fast: approximate functions in GPU noise.
-        encoded: the `spec` argument of the operation.
+        encoded: all of this as a part of the operation's `layout`.
     """
 
     states: int
@@ -57,7 +61,7 @@ class StepSpec:
     noise_dtype: torch.dtype = torch.float32
     learned: bool = False
     fast: bool = False
-    encoded: list[int] = field(init=False, compare=False, repr=False)
+    encoded: str = field(init=False, compare=False, repr=False)
 
     @property
     def columns(self) -> int:
@@ -75,9 +79,132 @@ class StepSpec:
         return any(mask & bit for mask in (*self.outputs, self.clamp or 0))
 
     def __post_init__(self) -> None:
-        clamp = -1 if self.clamp is None else self.clamp
-        head = [self.draws, DTYPE_CODES[self.noise_dtype], int(self.learned), int(self.fast), clamp]
-        object.__setattr__(self, "encoded", head + list(self.outputs))
+        if self.columns > 4 * _MASK:
+            raise ValueError(f"states and draws must make at most 16 columns, not {self.columns}")
+        kind = DTYPE_CODES[self.noise_dtype] | self.learned << 2 | self.fast << 3
+        clamp = "-" if self.clamp is None else f"{self.clamp:04x}"
+        masks = "".join([f"{mask:04x}" for mask in self.outputs])
+        object.__setattr__(self, "encoded", f"{self.states:x}{self.draws:x}{kind:x}{clamp}{masks}")
+
+    def layout(
+        self,
+        model_outputs: int,
+        noise: int,
+        *,
+        keys: bool = False,
+        draws: bool = False,
+        guidance_scale: bool = False,
+        threshold: bool = False,
+    ) -> str:
+        """The operation's `layout`: how many tensors of each kind its inputs hold, and this.
+
+        Hexadecimal digits: model outputs, noise tensors, which of keys, draws, guidance_scale and
+        threshold there are (1, 2, 4, 8); states, draws, noise dtype with learned (4) and fast (8);
+        four digits for the clamp mask, or "-", and for each output mask. Up to 15 characters,
+        which most layouts have, a std::string needs no memory of its own.
+        """
+        optional = keys | draws << 1 | guidance_scale << 2 | threshold << 3
+        return f"{model_outputs}{noise}{optional:x}{self.encoded}"
+
+
+_MASK = 4  # digits of a mask
+_HEAD = 6  # digits before the masks
+
+
+class Layout(NamedTuple):
+    """What a `layout` says; see StepSpec.layout."""
+
+    spec: StepSpec
+    model_outputs: int
+    noise: int
+    keys: bool
+    draws: bool
+    guidance_scale: bool
+    threshold: bool
+
+
+def parse(layout: str) -> Layout:
+    """Reads what StepSpec.layout() wrote."""
+    head = [int(digit, 16) for digit in layout[:_HEAD]]
+    model_outputs, noise, optional, states, draws, kind = head
+    clamp, first = None, _HEAD + 1
+    if layout[_HEAD] != "-":
+        first = _HEAD + _MASK
+        clamp = int(layout[_HEAD:first], 16)
+    masks = [int(layout[k : k + _MASK], 16) for k in range(first, len(layout), _MASK)]
+    noise_dtype = next(dtype for dtype, code in DTYPE_CODES.items() if code == kind & 3)
+    spec = StepSpec(
+        states, tuple(masks), clamp, draws, noise_dtype, bool(kind & 4), bool(kind & 8)
+    )
+    return Layout(spec, model_outputs, noise, *(bool(optional >> k & 1) for k in range(4)))
+
+
+class StepOperands(NamedTuple):
+    """The tensors of an operation's `inputs` and `outputs` by name; see step_values."""
+
+    states: list[Tensor]
+    model_outputs: list[Tensor]
+    noise: list[Tensor]
+    table: Tensor
+    rows: Tensor
+    keys: Tensor | None
+    draws: Tensor | None
+    guidance_scale: Tensor | None
+    threshold: Tensor | None
+    out: list[Tensor]
+    model_input: Tensor | None
+
+
+def unpack(inputs: Sequence[Tensor], outputs: Sequence[Tensor], layout: Layout) -> StepOperands:
+    """The operation's tensors by name."""
+    a = layout.spec.states
+    b = a + layout.model_outputs
+    c = b + layout.noise
+    last = c + 2
+    optional: list[Tensor | None] = []
+    for there in layout[3:]:
+        optional.append(inputs[last] if there else None)
+        last += there
+    results = len(layout.spec.outputs)
+    return StepOperands(
+        list(inputs[:a]), list(inputs[a:b]), list(inputs[b:c]), inputs[c], inputs[c + 1],
+        *optional, list(outputs[:results]), outputs[results] if len(outputs) > results else None,
+    )  # fmt: skip
+
+
+def step_arguments(
+    spec: StepSpec,
+    states: Sequence[Tensor],
+    table: Tensor,
+    rows: Tensor,
+    out: Sequence[Tensor],
+    *,
+    model_outputs: Sequence[Tensor] = (),
+    noise: Sequence[Tensor] = (),
+    keys: Tensor | None = None,
+    draws: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    threshold: Tensor | None = None,
+    counter: Sequence[int] = (0, 0, 0, 0),
+    model_input: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor], str, int, int, int, int]:
+    """The arguments of the `step` operation.
+
+    Args:
+        out: one (B, ...) tensor per output row, which a state may be.
+        model_input: (B, ...), or (2B, ...) for two copies, of the model's dtype.
+        counter: (seed, sample_offset, step, stream).
+        others: as in step_values.
+    """
+    inputs = [*states, *model_outputs, *noise, table, rows]
+    inputs += [t for t in (keys, draws, guidance_scale, threshold) if t is not None]
+    layout = spec.layout(
+        len(model_outputs), len(noise), keys=keys is not None, draws=draws is not None,
+        guidance_scale=guidance_scale is not None, threshold=threshold is not None,
+    )  # fmt: skip
+    outputs = list(out) if model_input is None else [*out, model_input]
+    seed, sample_offset, step, stream = counter
+    return inputs, outputs, layout, seed, sample_offset, step, stream
 
 
 def step_values(
@@ -90,7 +217,7 @@ def step_values(
     draws: Tensor | None,
     guidance_scale: Tensor | None,
     threshold: Tensor | None,
-    spec: Sequence[int],
+    spec: StepSpec,
     counter: Sequence[int],
     out_dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
@@ -107,13 +234,11 @@ def step_values(
             its step and stream used when draws is None.
         draws: int64 (R, D, 2), (step, stream) of every draw of every row.
         guidance_scale: float32 (B,) or (1,) g; threshold: float32 (B,) or (1,) s.
-        spec: StepSpec.encoded.
         out_dtypes: dtype of every output.
     """
-    n_draws, noise_code, learned, _fast, clamp_mask, *output_masks = spec
-    n_states, shape, batch = len(states), states[0].shape, states[0].shape[0]
+    n_states, n_draws, learned = spec.states, spec.draws, spec.learned
+    shape, batch = states[0].shape, states[0].shape[0]
     compute = table.dtype
-    columns = n_states + 2 + n_draws
 
     inside = (rows >= 0) & (rows < table.shape[0])
     # masked_fill, not torch.where, which would copy its number to the device and wait.
@@ -141,7 +266,7 @@ def step_values(
     z: list[Tensor | None] = []
     for k in range(n_draws):
         bit = 1 << n_states + 2 + k
-        if not any(mask & bit for mask in (*output_masks, max(clamp_mask, 0) << 1)):
+        if not any(mask & bit for mask in (*spec.outputs, (spec.clamp or 0) << 1)):
             z.append(None)
         elif noise:
             z.append(flat(noise[k]))
@@ -149,8 +274,7 @@ def step_values(
             all_keys = sample_keys(keys, counter[0], counter[1], batch, states[0].device)
             step: Tensor | int = counter[2] if draws is None else draws[index, k, 0]
             stream: Tensor | int = counter[3] if draws is None else draws[index, k, 1]
-            noise_dtype = next(d for d, code in DTYPE_CODES.items() if code == noise_code)
-            z.append(normals(all_keys, step, stream, n).to(noise_dtype).to(compute))
+            z.append(normals(all_keys, step, stream, n).to(spec.noise_dtype).to(compute))
 
     noise_scale = None
     if learned:
@@ -178,8 +302,8 @@ def step_values(
 
     s = [flat(state) for state in states]
     c = None
-    if clamp_mask >= 0:
-        c = combine(clamp_mask, len(HEADER), [*s, o, *z])
+    if spec.clamp is not None:
+        c = combine(spec.clamp, len(HEADER), [*s, o, *z])
         if threshold is None:
             lo, hi = coefficient[:, 0:1], coefficient[:, 1:2]
             c = torch.where(c < lo, lo, torch.where(c > hi, hi, c))  # NaN passes
@@ -188,34 +312,31 @@ def step_values(
             c = torch.where(c < -bound, -bound, torch.where(c > bound, bound, c))
             c = c * (1.0 / bound)
     results = []
-    first = len(HEADER) + columns - 1
-    for mask, dtype in zip(output_masks, out_dtypes, strict=True):
+    first = len(HEADER) + spec.columns - 1
+    for mask, dtype in zip(spec.outputs, out_dtypes, strict=True):
         results.append(combine(mask, first, [*s, o, c, *z]).to(dtype).reshape(shape))
-        first += columns
+        first += spec.columns
     return results
 
 
 def step(
-    states: list[Tensor],
-    model_outputs: list[Tensor],
-    noise: list[Tensor],
-    table: Tensor,
-    rows: Tensor,
-    keys: Tensor | None,
-    draws: Tensor | None,
-    guidance_scale: Tensor | None,
-    threshold: Tensor | None,
-    spec: list[int],
-    counter: list[int],
-    out: list[Tensor],
-    model_input: Tensor | None,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    layout: str,
+    seed: int,
+    sample_offset: int,
+    step: int,
+    stream: int,
 ) -> None:
     """The `step` operation of the reference backend: step_values, stored."""
+    parsed = parse(layout)
+    operands = unpack(inputs, outputs, parsed)
+    *given, out, model_input = operands
     values = step_values(
-        states, model_outputs, noise, table, rows, keys, draws, guidance_scale, threshold,
-        spec, counter, [tensor.dtype for tensor in out],
-    )  # fmt: skip
+        *given, parsed.spec, (seed, sample_offset, step, stream), [tensor.dtype for tensor in out]
+    )
     if model_input is not None:
+        table, rows = operands.table, operands.rows
         inside = (rows >= 0) & (rows < table.shape[0])
         c_in = table[rows.masked_fill(~inside, 0), 2].masked_fill(~inside, torch.nan)
         stored = values[0].reshape(values[0].shape[0], -1).to(table.dtype)

@@ -71,8 +71,8 @@ def written_by(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
         return [arguments[0]]
     if case.op == "chain":
         return [arguments[-1]]
-    *_, out, model_input = arguments
-    return out if model_input is None else [*out, model_input]
+    written: list[Tensor] = arguments[1]
+    return written
 
 
 def launch(case: Case, backend: str, arguments: Sequence[Any]) -> None:
@@ -84,9 +84,9 @@ def launch(case: Case, backend: str, arguments: Sequence[Any]) -> None:
 def results(case: Case, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
     """What a launch leaves; memory that it only writes holds NaN before, so gaps show."""
     out = written_by(case, arguments)
-    states = arguments[0] if case.op == "step" else []
+    read = arguments[0] if case.op == "step" else []
     for tensor in out:
-        if not any(tensor is state for state in states):
+        if not any(tensor is one for one in read):
             tensor.fill_(torch.nan)
     launch(case, backend, arguments)
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.noise import STREAM_Q_SAMPLE
-from fastdiff.ops.step import StepSpec
+from fastdiff.ops.step import StepSpec, parse, step_arguments, unpack
 from fastdiff.ops.tables import host_table
 from fastdiff.plan import SolverPlan
 from fastdiff.program import Mode
@@ -164,10 +164,10 @@ class Case:
         if self.name in _FORWARD:
             states, outputs, draws, kind = _FORWARD[self.name]
             spec = StepSpec(states, outputs, None, draws, self.dtype, fast=self.fast)
-            return (
-                [tensor(*shape) for _ in range(states)], [], [],
-                upload(host_table(_schedule(), kind), torch.float32), rows, None, None, None, None,
-                spec.encoded, by_value, [tensor(*shape)], None,
+            return step_arguments(
+                spec, [tensor(*shape) for _ in range(states)],
+                upload(host_table(_schedule(), kind), torch.float32), rows, [tensor(*shape)],
+                counter=by_value,
             )  # fmt: skip
 
         plan = _plan(self.name)
@@ -182,21 +182,19 @@ class Case:
         state_of = {k: tensor(*shape) for k in call.reads}
         out = [state_of[k] if k in state_of else tensor(*shape) for k in call.memory]
         copies = 2 if guided else 1
-        return (
-            [state_of[k] for k in call.reads],
-            [tensor(batch, channels, *shape[2:], dtype=model_dtype) for _ in range(copies)],
-            [],
-            upload(variant.table(plan), torch.float32),
-            torch.full((1,), row, device=device),
-            torch.stack([torch.full((batch,), seed), torch.arange(batch)], 1).to(device),
-            upload(plan.draws, torch.int64),
-            torch.full((1,), 7.5, device=device) if guided else None,
-            None,
-            spec.encoded,
-            [0, 0, 0, 0],
-            out,
-            tensor(copies * batch, *shape[1:], dtype=model_dtype) if self.mixed else None,
-        )
+        model_outputs = [
+            tensor(batch, channels, *shape[2:], dtype=model_dtype) for _ in range(copies)
+        ]
+        keys = torch.stack([torch.full((batch,), seed), torch.arange(batch)], 1).to(device)
+        return step_arguments(
+            spec, [state_of[k] for k in call.reads], upload(variant.table(plan), torch.float32),
+            torch.full((1,), row, device=device), out, model_outputs=model_outputs,
+            keys=keys if spec.draws else None,
+            draws=upload(plan.draws, torch.int64) if spec.draws else None,
+            guidance_scale=torch.full((1,), 7.5, device=device) if guided else None,
+            model_input=tensor(copies * batch, *shape[1:], dtype=model_dtype)
+            if self.mixed else None,
+        )  # fmt: skip
 
     def tensors(self) -> tuple[list[torch.dtype], list[torch.dtype]]:
         """The dtypes of the full-size tensors that are read, and of those that are written."""
@@ -204,10 +202,13 @@ class Case:
             return [], [self.dtype]
         if self.name == "chain":
             return [self.dtype], [self.dtype] * CHAIN_STEPS
-        states, outputs, *_, out, model_input = self.arguments((1, 1))
-        reads = [t.dtype for t in (*states, *outputs) for _ in range(t.numel())]
-        written = out if model_input is None else [*out, model_input]
-        return reads, [t.dtype for t in written for _ in range(t.numel())]
+        inputs, written, layout, *_ = self.arguments((1, 1))
+        operands = unpack(inputs, written, parse(layout))
+        read = (*operands.states, *operands.model_outputs)
+        reads, writes = (
+            [t.dtype for t in tensors for _ in range(t.numel())] for tensors in (read, written)
+        )
+        return reads, writes
 
     @property
     def bytes_per_element(self) -> int:

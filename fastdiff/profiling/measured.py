@@ -326,9 +326,9 @@ def _restore(case: Case, arguments: Sequence[Any], copies: Sequence[Sequence[Any
     """The states that launches overwrite: a step done a thousand times in place would overflow."""
     if case.op == "step":
         for copy in copies:
-            for state, original in zip(copy[0], arguments[0], strict=True):
-                if any(state is out for out in written_by(case, copy)):
-                    state.copy_(original)
+            for tensor, original in zip(copy[0], arguments[0], strict=True):
+                if any(tensor is out for out in written_by(case, copy)):
+                    tensor.copy_(original)
 
 
 def _percentiles(seconds: np.ndarray) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.ops.chain import chain
 from fastdiff.ops.randn import randn
-from fastdiff.ops.step import step
+from fastdiff.ops.step import parse, step, unpack
 from fastdiff.profiling.cases import Case
 
 __all__ = ["compiled_reference", "eager"]
@@ -49,7 +49,9 @@ def inputs(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
     """The tensors that `eager` takes."""
     if case.op == "randn":
         return [arguments[0]]
-    return [*arguments[0], *arguments[1]]
+    tensors, written, layout, *_ = arguments
+    operands = unpack(tensors, written, parse(layout))
+    return [*operands.states, *operands.model_outputs]
 
 
 def compiled_reference(case: Case) -> Callable[..., None]:

@@ -222,21 +222,19 @@ def _large_step(context: Context, backend: str, device: torch.device, elements: 
     case = Case("ddim", torch.bfloat16)
     n = elements // 2 - 1
     batch = 3
-    small = case.arguments((batch, 1, 1, 4), "cpu")
+    (_, _, *small), _, *rest = case.arguments((batch, 1, 1, 4), "cpu")
 
     def replaced(sample: Callable[[], Tensor], where: torch.device | str) -> tuple[Any, ...]:
-        _, outputs, noise, *rest = small
-        rest = list(copied(rest, where))
+        """The launch on one state, in place, and one model output."""
         x = sample()
-        rest[-2] = [x]  # out, in place
-        return ([x], [sample() for _ in outputs], noise, *rest)
+        return [x, sample(), *copied(small, where)], [x], *rest
 
     def make() -> Tensor:
         value = torch.empty(batch, 1, 1, n, dtype=torch.bfloat16, device=device)
         return value.normal_(generator=torch.Generator(device).manual_seed(5))
 
     arguments = replaced(make, device)
-    x, output = arguments[0][0], arguments[1][0]
+    x, output = arguments[0][:2]
     windows = [(b, *window) for b in range(batch) for window in _windows(n, (n // 2,))]
     before = [
         (x[b, ..., i:j].clone().cpu()[None], output[b, ..., i:j].clone().cpu()[None])

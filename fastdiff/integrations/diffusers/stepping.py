@@ -86,8 +86,10 @@ class Stepper:
     def step(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
         """What the scheduler's step returns for its own arguments, defaults left out."""
         return_dict = arguments.pop("return_dict", True)
-        generator = arguments.pop("generator", None)
-        given = arguments.pop("variance_noise", None)
+        generator = given = None
+        if arguments:
+            generator = arguments.pop("generator", None)
+            given = arguments.pop("variance_noise", None)
         kind = _kind(output, timestep, sample)
         row = self._next_row(timestep) if kind == self._kind and arguments == self.settings else -1
         if row < 0:

@@ -330,7 +330,9 @@ class Run:
                 self._input = torch.cat([scaled] * (self._input.shape[0] // self._batch))
         else:
             # The lists of step_arguments(), made here by hand: this is what a step's time goes to.
-            inputs = list(map(Tensor.contiguous, states + halves))
+            inputs: list[Tensor] = []
+            for tensor in states + halves:
+                inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
             results, reused = self._memory(call, old, inputs[0], result_dtype, preview_dtype)
             inputs += (*draws, table, row)
             if keys is not None:
@@ -387,18 +389,20 @@ class Run:
         Args:
             like: a contiguous tensor of their shape.
         """
-        wanted = result_dtype
+        given, wanted = like.dtype, result_dtype
         results, reused = [], []
         for source in call.memory:
             buffer = old[source] if source >= 0 else None
-            if buffer is None or buffer.dtype != wanted:
-                buffer = _empty(like, wanted)
-            else:
+            if buffer is not None and buffer.dtype == wanted:
                 reused.append(buffer)
+            elif wanted == given:
+                buffer = torch.empty_like(like)  # an option costs a tenth of the call
+            else:
+                buffer = torch.empty_like(like, dtype=wanted)
             results.append(buffer)
             wanted = self._dtype
         if self._preview:
-            results.append(_empty(like, preview_dtype))
+            results.append(torch.empty_like(like, dtype=preview_dtype))
         return results, reused
 
     def _writes_to(self, output: Tensor) -> bool:
@@ -508,12 +512,6 @@ class Run:
                 check_like(f"noise({row}, {k})", drawn, "x", x)
                 tensors.append(drawn.contiguous())
         return tensors
-
-
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    if like.dtype == dtype:
-        return torch.empty_like(like)  # every option costs a tenth of the call
-    return torch.empty_like(like, dtype=dtype)
 
 
 def drawn_dtype(

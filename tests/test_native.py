@@ -503,3 +503,62 @@ def test_operands_of_another_size_are_refused_by_the_kernel_itself():
             torch.ops.fastdiff_native.step(*step_arguments(
                 spec, states, table, rows, [torch.empty(2, 3)], model_outputs=outputs
             ))  # fmt: skip
+
+
+def small_step(**changes: Any) -> tuple[Any, ...]:
+    """A step that every optional tensor belongs to: two samples of 3 elements, 4 rows."""
+    spec = StepSpec(1, (0b1111,), 0b11, 1)
+    x = torch.zeros(2, 3)
+    made = dict(
+        spec=spec, states=[x], table=torch.ones(4, spec.width),
+        rows=torch.zeros(2, dtype=torch.int64), out=[torch.empty(2, 3)], model_outputs=[x, x],
+        keys=torch.zeros(2, 2, dtype=torch.int64), draws=torch.zeros(4, 1, 2, dtype=torch.int64),
+        guidance_scale=torch.ones(1), threshold=torch.ones(2),
+    )  # fmt: skip
+    return step_arguments(**{**made, **changes})
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    (dict(rows=torch.zeros(3, dtype=torch.int64)), "rows must have 1 or 2 elements, not 3"),
+    (dict(rows=torch.zeros(2, dtype=torch.int32)), "rows is of another dtype"),
+    (dict(keys=torch.zeros(1, 2, dtype=torch.int64)), "keys must have 4 elements each, not 2"),
+    (dict(keys=torch.zeros(2, 2)), "keys is of another dtype"),
+    (dict(draws=torch.zeros(3, 1, 2, dtype=torch.int64)), "draws must have 8 elements each"),
+    (dict(guidance_scale=torch.ones(3)), "guidance_scale must have 1 or 2 elements, not 3"),
+    (dict(guidance_scale=torch.ones(2).double()), "guidance_scale is of another dtype"),
+    (dict(threshold=torch.ones(5)), "threshold must have 1 or 2 elements, not 5"),
+    (dict(table=torch.ones(4, 9)), "9 columns, which is not the width"),
+    (dict(table=torch.ones(0, 12), draws=None), "table must have a row"),
+    (dict(model_input=torch.empty(6, 3)), "the batch once or twice"),
+    (dict(guidance_scale=None), "two model outputs need guidance_scale"),
+    (dict(noise=[torch.zeros(2, 3)] * 2), "expected 1 noise tensors, not 2"),
+])  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused_by_the_kernel_itself(changes, reason) -> None:
+    op("native", "step")(*small_step())
+    with pytest.raises(RuntimeError, match=reason):
+        op("native", "step")(*small_step(**changes))
+
+
+@pytest.mark.parametrize(("layout", "reason"), [
+    ("", "layout must be"),
+    ("20f11", "layout must be"),
+    ("20f1100003", "must have an output"),
+    ("20f1100003000", "layout must be"),
+    ("20f110000300zf", "layout must be"),
+    ("20f110-000f", "does not have"),  # the clamp node
+    ("20f1100003001f", "does not have"),  # a second draw
+    ("20f1100008000f", "does not have"),  # likewise, in the clamp node
+    ("20f9100003000f", "at most 8 states, not 9"),
+    ("20f1500003000f", "at most 4 draws, not 5"),
+    ("30f1100003000f", "at most 2 model outputs, not 3"),
+    ("20f1100003" + 9 * "000f", "at most 8 outputs, not 9"),
+    ("20f1100003" + 2 * "000f", "more tensors than there are: no outputs"),
+    ("20f2100003000f", "table must have|elements each"),
+    ("2071100003000f", "more tensors than layout names"),
+    ("20f1140003000f", "model outputs must have 12 elements each, not 6"),
+])  # fmt: skip
+def test_layouts_that_do_not_fit_are_refused_by_the_kernel_itself(layout, reason) -> None:
+    inputs, outputs, right, *counter = small_step()
+    assert right == "20f1100003000f"
+    with pytest.raises(RuntimeError, match=reason):
+        op("native", "step")(inputs, outputs, layout, *counter)

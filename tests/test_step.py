@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import fastdiff as fd
 from fastdiff.backends import operation
 from fastdiff.ops.exp import exp
-from fastdiff.ops.step import HEADER, StepSpec, step_arguments
+from fastdiff.ops.step import HEADER, StepSpec, parse, step_arguments, unpack
 
 CPU = torch.device("cpu")
 
@@ -123,6 +125,41 @@ def test_chosen_structures_agree_on_every_backend(accelerated, assert_same_bits,
         count = structure["outputs"]
         actual = execute(accelerated, case, count, model_dtype, 2)
         assert_same_bits(actual, execute("reference", case, count, model_dtype, 2))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_goes_into_the_operation_s_lists_comes_out_of_them(seed):
+    """Whatever there is of optional tensors, each is found under its name again."""
+    rng = np.random.default_rng(seed)
+    dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float64)[seed % 4]
+    case, _ = make_case(rng, 3, dtype)
+    case["spec"] = replace(case["spec"], fast=bool(seed % 3), noise_dtype=dtype)
+    model_input = torch.empty(2) if seed % 2 else None
+    out = [torch.empty(1) for _ in case["spec"].outputs]
+    inputs, outputs, layout, *counter = step_arguments(**case, out=out, model_input=model_input)
+    parsed = parse(layout)
+    assert parsed.spec == case["spec"] and tuple(counter) == case["counter"]
+    found = unpack(inputs, outputs, parsed)._asdict()
+    assert found["model_input"] is model_input
+    for name in ("states", "model_outputs", "noise"):
+        assert list(map(id, found[name])) == list(map(id, case[name]))
+    for name in ("table", "rows", "keys", "draws", "guidance_scale", "threshold"):
+        assert found[name] is case[name]
+    assert list(map(id, found["out"])) == list(map(id, out))
+
+
+def test_known_layouts():
+    """csrc/bindings/ops.cpp reads these digits."""
+    spec = StepSpec(2, (0b1011, 0b1), 0b101, 1, torch.float16, learned=True)
+    assert spec.layout(1, 0, keys=True, draws=True) == "1032160005000b0001"
+    assert StepSpec(1, (0b11,)).layout(2, 0, guidance_scale=True) == "204100-0003"
+    given = StepSpec(8, (0x3FFF,), 0, 4, torch.float64, fast=True)
+    assert given.layout(0, 4, threshold=True) == "04884b00003fff"
+
+
+def test_more_columns_than_a_mask_has_bits_are_refused():
+    with pytest.raises(ValueError, match="at most 16 columns, not 17"):
+        StepSpec(states=11, outputs=(1,), draws=4)
 
 
 def test_states_may_be_overwritten(accelerated, assert_same_bits):

@@ -190,8 +190,8 @@ void at_most(int32_t limit, int32_t count, const char* name) {
   STD_TORCH_CHECK(count <= limit, "at most ", limit, " ", name, ", not ", count);
 }
 
-void step(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout,
-          int64_t seed, int64_t sample_offset, int64_t step, int64_t stream) {
+void step(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout, int64_t seed,
+          int64_t sample_offset, int64_t step, int64_t stream) {
   using namespace fastdiff;
   StepParams p{};
   Layout facts(layout);
@@ -266,8 +266,8 @@ void step(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string l
                                                    &p.guidance_stride);
   }
   if (optional & 8) {
-    p.threshold = read.take_per_sample<float>("threshold", ScalarType::Float, p.batch,
-                                              &p.threshold_stride);
+    p.threshold =
+        read.take_per_sample<float>("threshold", ScalarType::Float, p.batch, &p.threshold_stride);
   }
   STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
                   "there are more tensors than layout names");

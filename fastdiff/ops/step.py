@@ -133,9 +133,7 @@ def parse(layout: str) -> Layout:
         clamp = int(layout[_HEAD:first], 16)
     masks = [int(layout[k : k + _MASK], 16) for k in range(first, len(layout), _MASK)]
     noise_dtype = next(dtype for dtype, code in DTYPE_CODES.items() if code == kind & 3)
-    spec = StepSpec(
-        states, tuple(masks), clamp, draws, noise_dtype, bool(kind & 4), bool(kind & 8)
-    )
+    spec = StepSpec(states, tuple(masks), clamp, draws, noise_dtype, bool(kind & 4), bool(kind & 8))
     return Layout(spec, model_outputs, noise, *(bool(optional >> k & 1) for k in range(4)))
 
 
@@ -165,10 +163,12 @@ def unpack(inputs: Sequence[Tensor], outputs: Sequence[Tensor], layout: Layout) 
     for there in layout[3:]:
         optional.append(inputs[last] if there else None)
         last += there
+    keys, draws, guidance_scale, threshold = optional
     results = len(layout.spec.outputs)
     return StepOperands(
-        list(inputs[:a]), list(inputs[a:b]), list(inputs[b:c]), inputs[c], inputs[c + 1],
-        *optional, list(outputs[:results]), outputs[results] if len(outputs) > results else None,
+        list(inputs[:a]), list(inputs[a:b]), list(inputs[b:c]), inputs[c], inputs[c + 1], keys,
+        draws, guidance_scale, threshold, list(outputs[:results]),
+        outputs[results] if len(outputs) > results else None,
     )  # fmt: skip
 
 
@@ -330,18 +330,19 @@ def step(
 ) -> None:
     """The `step` operation of the reference backend: step_values, stored."""
     parsed = parse(layout)
-    operands = unpack(inputs, outputs, parsed)
-    *given, out, model_input = operands
+    given = unpack(inputs, outputs, parsed)
+    table, rows, model_input = given.table, given.rows, given.model_input
     values = step_values(
-        *given, parsed.spec, (seed, sample_offset, step, stream), [tensor.dtype for tensor in out]
-    )
+        given.states, given.model_outputs, given.noise, table, rows, given.keys, given.draws,
+        given.guidance_scale, given.threshold, parsed.spec, (seed, sample_offset, step, stream),
+        [tensor.dtype for tensor in given.out],
+    )  # fmt: skip
     if model_input is not None:
-        table, rows = operands.table, operands.rows
         inside = (rows >= 0) & (rows < table.shape[0])
         c_in = table[rows.masked_fill(~inside, 0), 2].masked_fill(~inside, torch.nan)
         stored = values[0].reshape(values[0].shape[0], -1).to(table.dtype)
         scaled = (c_in[:, None] * stored).to(model_input.dtype)
         copies = model_input.numel() // max(values[0].numel(), 1)
         model_input.copy_(torch.cat([scaled] * copies).reshape(model_input.shape))
-    for target, value in zip(out, values, strict=True):
+    for target, value in zip(given.out, values, strict=True):
         target.copy_(value)

@@ -166,9 +166,7 @@ class Stepper:
             return -1
         expected = self.begin + run.index
         places = self.places
-        at = (
-            vars(self.scheduler)["_step_index"] if places.counted else places.of(timestep, expected)
-        )
+        at = self.scheduler._step_index if places.counted else places.of(timestep, expected)
         return run.index if at == expected else -1
 
     def _prepare(self, output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> str:

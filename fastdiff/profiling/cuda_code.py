@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastdiff.backends.build import source_root
+from fastdiff.ops.step import parse
 from fastdiff.profiling import sass
 from fastdiff.profiling.cases import Case
 from fastdiff.profiling.paths import CommonPath, common_path
@@ -23,20 +24,20 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16_t", torch.float16: "f16_
 
 def kernel_name(case: Case) -> str:
     """The kernel that csrc/cuda/kernels.cu launches for a case, as sass.read names it."""
-    arguments = case.arguments((1, 1))
     state = _TYPES[case.dtype]
     if case.name == "randn":
         return f"randn_kernel<Layout<8, {_flag(state == 'float')}>, {state}, {_flag(case.fast)}>"
     if case.name == "chain":
         return f"chain_kernel<{state}>"
-    states, outputs, spec = arguments[0], arguments[1], arguments[9]
-    draws, _, learned, _, clamp, *masks = spec
-    model = _TYPES[case.model_dtype or case.dtype] if outputs else state
+    layout = parse(case.arguments((1, 1))[2])
+    spec, model_outputs = layout.spec, layout.model_outputs
+    outputs = len(spec.outputs)
+    model = _TYPES[case.model_dtype or case.dtype] if model_outputs else state
     typed = model == state or state == "float"
-    if len(states) == len(masks) == 1 and not learned and typed:
-        flags = ", ".join(map(_flag, (clamp >= 0, draws > 0, case.fast)))
-        return f"plain_kernel<Plain<{state}, {model}, {len(outputs)}, {flags}>>"
-    return f"step_kernel<{next(most for most in (1, 2, 4, 8) if len(masks) <= most)}>"
+    if spec.states == outputs == 1 and not spec.learned and typed:
+        flags = ", ".join(map(_flag, (spec.clamp is not None, spec.draws > 0, case.fast)))
+        return f"plain_kernel<Plain<{state}, {model}, {model_outputs}, {flags}>>"
+    return f"step_kernel<{next(most for most in (1, 2, 4, 8) if outputs <= most)}>"
 
 
 def _flag(value: bool) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fastdiff.ops.step import parse
 from fastdiff.profiling import amdgcn, sass
 from fastdiff.profiling.cases import CHAIN_STEPS, Case
 from fastdiff.profiling.flow import Instruction, cheapest_path
@@ -52,13 +53,12 @@ def work_of(case: Case) -> Work:
         return Work(read, written, 1, normal)
     if case.name == "chain":
         return Work(read, written[:1], 1, normal + 3, CHAIN_STEPS)
-    arguments = case.arguments((1, 1))
-    outputs, spec, model_input = arguments[1], arguments[9], arguments[12]
-    draws, _, _, _, clamp, *masks = spec
-    terms = [mask.bit_count() for mask in (max(clamp, 0), *masks) if mask]
-    operations = sum(2 * count - 1 for count in terms) + draws * normal
-    operations += 3 * (len(outputs) == 2) + (model_input is not None)
-    return Work(read, written, draws, operations)
+    layout = parse(case.arguments((1, 1))[2])
+    spec = layout.spec
+    terms = [mask.bit_count() for mask in (spec.clamp or 0, *spec.outputs) if mask]
+    operations = sum(2 * count - 1 for count in terms) + spec.draws * normal
+    operations += 3 * (layout.model_outputs == 2) + case.mixed
+    return Work(read, written, spec.draws, operations)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,8 @@ def _run(
     results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
     targets = [r if r.is_contiguous() else row_major(r) for r in results]
+    if noise or not spec.draws:
+        keys = draws = None  # the step makes no noise
     call = step_arguments(
         spec, [s.contiguous() for s in states], table, rows, targets,
         model_outputs=[o.contiguous() for o in model_outputs],

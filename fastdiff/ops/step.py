@@ -194,7 +194,7 @@ def step_arguments(
         out: one (B, ...) tensor per output row, which a state may be.
         model_input: (B, ...), or (2B, ...) for two copies, of the model's dtype.
         counter: (seed, sample_offset, step, stream).
-        others: as in step_values.
+        others: as in step_values; keys and draws only where the step makes noise.
     """
     inputs = [*states, *model_outputs, *noise, table, rows]
     inputs += [t for t in (keys, draws, guidance_scale, threshold) if t is not None]

@@ -271,7 +271,15 @@ def test_make_gpu_check_is_the_command_with_this_machines_python():
         ["make", "-n", "gpu-check", "PYTHON=some-python", "ARGS=--minutes 3"],
         cwd=HERE.parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.split("\n")[0] == "some-python -m fastdiff selftest --gpu --minutes 3"
+    assert done.stdout.splitlines()[-1] == "some-python -m fastdiff selftest --gpu --minutes 3"
+
+
+def test_make_gpu_check_says_what_a_python_without_torch_lacks():
+    done = subprocess.run(
+        ["make", "gpu-check", "PYTHON=false"], cwd=HERE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout.startswith("false has no torch and triton")
 
 
 # Equality

@@ -178,8 +178,7 @@ class StepKernel {
     for (UniformSum& sum : uniform_) sum = nullptr;
     if constexpr (std::is_same_v<T, float>) {
       const Place* clamped = &sources_[kClamped].here;
-      const DType clamp_type =
-          clamped_sum_.count > 0 ? clamped_sum_.terms[0].source->dtype : DType::f32;
+      const DType clamp_type = common_type(clamped_sum_);
       if (sources_[kClamped].used)
         clamp_uniform_ = uniform_sum_for(clamped_sum_, clamp_type, Mode::kScratch, nullptr);
       const bool packed = clamp_uniform_ && clamp_type == DType::bf16;
@@ -196,6 +195,15 @@ class StepKernel {
       for (int r = 0; r < p_.outputs; ++r)
         if (reads(rows_[r], clamped)) uniform_[r] = nullptr;
     }
+  }
+
+  // Of all sources, or float32.
+  static DType common_type(const Sum<T>& sum) {
+    if (sum.count == 0) return DType::f32;
+    const DType first = sum.terms[0].source->dtype;
+    for (int k = 1; k < sum.count; ++k)
+      if (sum.terms[k].source->dtype != first) return DType::f32;
+    return first;
   }
 
   static bool reads(const Sum<T>& sum, const Place* place) {

@@ -2,6 +2,8 @@
 // adds rounded separately, in column order, starting at -0 (the identity of addition).
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "load_store.h"
 
@@ -58,7 +60,10 @@ FD_HD void evaluate(const Sum<T>& sum, T guidance, int64_t i, Group<T>& result) 
 }
 
 // ---- The common case again, fast enough for the memory system: float32 arithmetic, all sources
-// and the target of one type S, few terms, at most the last one guided.
+// and the target of one type S (or a float32 target of sources of any 16 or 32 bits), up to
+// kUniformTerms terms, at most the last one guided.
+
+constexpr int kUniformTerms = 8;
 
 template <int kVectors>
 FD_HD void load_floats(const float* p, Lanes::F (&v)[kVectors]) {
@@ -126,7 +131,17 @@ enum class Mode {
   kStream,   // stored past the caches
   kScratch,  // clamped; the target is float, in the order in which Pack<S> lays floats out
   kMixed,    // a source is the clamp node in that form
+  kConvert,  // sources of any type, in memory order; the target is float
+  kConvertStream,
+  kConvertScratch,
 };
+
+FD_HD Lanes::F load_any(const char* data, DType type, int64_t i) {
+  constexpr int N = Lanes::kCount;
+  if (type == DType::f32) return load<N>(reinterpret_cast<const float*>(data) + i);
+  if (type == DType::bf16) return load<N>(reinterpret_cast<const bf16_t*>(data) + i);
+  return load<N>(reinterpret_cast<const f16_t*>(data) + i);
+}
 
 template <class S, int kTerms, bool kGuided, Mode kMode>
 void uniform_sum(const Sum<float>& sum, float guidance, const Clamp<float>& clamp, int64_t count,
@@ -134,30 +149,38 @@ void uniform_sum(const Sum<float>& sum, float guidance, const Clamp<float>& clam
   using P = Pack<S>;
   using F = Lanes::F;
   constexpr int kStep = 4 * Lanes::kCount, kPacks = kStep / P::kSize;
+  constexpr bool kConverts = kMode >= Mode::kConvert;
+  constexpr bool kScratches = kMode == Mode::kScratch || kMode == Mode::kConvertScratch;
+  constexpr bool kStreams = kMode == Mode::kStream || kMode == Mode::kConvertStream;
   static_assert(Group<float>::kSize % kStep == 0, "a group is whole steps");
   const char* source[kTerms];
   float a[kTerms];
-  bool is_float[kTerms];
-#pragma GCC unroll 4
+  DType type[kTerms];
+#pragma GCC unroll 8
   for (int k = 0; k < kTerms; ++k) {
     source[k] = sum.terms[k].source->data;
     a[k] = sum.terms[k].coefficient;
-    is_float[k] = kMode == Mode::kMixed && sum.terms[k].source->dtype == DType::f32;
+    type[k] = sum.terms[k].source->dtype;
   }
-  const S* base = kGuided ? reinterpret_cast<const S*>(sum.terms[kTerms - 1].base->data) : nullptr;
+  const char* base = kGuided ? sum.terms[kTerms - 1].base->data : nullptr;
   for (int64_t start = 0; start < count; start += kStep) {
 #pragma GCC unroll 4
     for (int pack = 0; pack < kPacks; ++pack) {
       const int64_t i = start + pack * P::kSize;
       F acc[P::kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kTerms; ++k) {
         F value[P::kVectors], from[P::kVectors];
-        if (is_float[k])
-          load_floats(reinterpret_cast<const float*>(source[k]) + i, value);
-        else
-          P::unpack(reinterpret_cast<const S*>(source[k]) + i, value);
-        if (kGuided && k == kTerms - 1) P::unpack(base + i, from);
+        if constexpr (kConverts) {
+          value[0] = load_any(source[k], type[k], i);
+          if (kGuided && k == kTerms - 1) from[0] = load_any(base, type[k], i);
+        } else {
+          if (kMode == Mode::kMixed && type[k] == DType::f32)
+            load_floats(reinterpret_cast<const float*>(source[k]) + i, value);
+          else
+            P::unpack(reinterpret_cast<const S*>(source[k]) + i, value);
+          if (kGuided && k == kTerms - 1) P::unpack(reinterpret_cast<const S*>(base) + i, from);
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v) {
           if (kGuided && k == kTerms - 1) value[v] = from[v] + guidance * (value[v] - from[v]);
@@ -165,46 +188,60 @@ void uniform_sum(const Sum<float>& sum, float guidance, const Clamp<float>& clam
           acc[v] = k == 0 ? a[k] * value[v] : acc[v] + a[k] * value[v];
         }
       }
-      if constexpr (kMode == Mode::kScratch) {
+      if constexpr (kScratches) {
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v) acc[v] = clamp(acc[v]);
         store_floats(reinterpret_cast<float*>(target) + i, acc);
       } else {
-        P::template pack<kMode == Mode::kStream>(reinterpret_cast<S*>(target) + i, acc);
+        P::template pack<kStreams>(reinterpret_cast<S*>(target) + i, acc);
       }
     }
   }
 }
 
-template <class S, Mode kMode>
-UniformSum uniform_sum_of(int terms, bool guided) {
-  static constexpr UniformSum kSums[2][4] = {
-      {uniform_sum<S, 1, false, kMode>, uniform_sum<S, 2, false, kMode>,
-       uniform_sum<S, 3, false, kMode>, uniform_sum<S, 4, false, kMode>},
-      {uniform_sum<S, 1, true, kMode>, uniform_sum<S, 2, true, kMode>,
-       uniform_sum<S, 3, true, kMode>, uniform_sum<S, 4, true, kMode>}};
-  return terms >= 1 && terms <= 4 ? kSums[guided][terms - 1] : nullptr;
+template <class S, Mode kMode, bool kGuided, int... kTerms>
+UniformSum uniform_sum_among(int terms, std::integer_sequence<int, kTerms...>) {
+  static constexpr UniformSum kSums[] = {uniform_sum<S, kTerms + 1, kGuided, kMode>...};
+  return terms >= 1 && terms <= static_cast<int>(sizeof...(kTerms)) ? kSums[terms - 1] : nullptr;
 }
 
-// The sum for sources of one type, and a target of that type unless the mode is kScratch. The clamp
-// node may be among the sources when its place is given. Null where only evaluate() will do.
+template <class S, Mode kMode>
+UniformSum uniform_sum_of(int terms, bool guided) {
+  constexpr std::make_integer_sequence<int, kUniformTerms> kCounts{};
+  return guided ? uniform_sum_among<S, kMode, true>(terms, kCounts)
+                : uniform_sum_among<S, kMode, false>(terms, kCounts);
+}
+
+// The sum for sources of one type, and a target of that type unless the mode is kScratch; a float
+// target takes sources of any type but double. The clamp node may be among the sources when its
+// place is given. Null where only evaluate() will do.
 inline UniformSum uniform_sum_for(const Sum<float>& sum, DType type, Mode mode,
                                   const Place* clamped) {
+  bool converts = false;
   for (int k = 0; k < sum.count; ++k) {
     const Term<float>& term = sum.terms[k];
     const bool guided_early = term.base && k + 1 < sum.count;
-    if (term.scale || guided_early || (term.base && term.base->dtype != type)) return nullptr;
+    if (term.scale || guided_early) return nullptr;
+    if (term.base && term.base->dtype != term.source->dtype) return nullptr;
+    if (term.source->dtype == type) continue;
     if (term.source == clamped) {
-      if (type != DType::f32) mode = Mode::kMixed;  // floats are in memory order anyway
-    } else if (term.source->dtype != type) {
+      mode = Mode::kMixed;
+    } else if (type == DType::f32 && term.source->dtype != DType::f64) {
+      converts = true;
+    } else {
       return nullptr;
     }
   }
   const bool guided = sum.count > 0 && sum.terms[sum.count - 1].base;
   if (type == DType::f32) {
-    if (mode == Mode::kScratch) return uniform_sum_of<float, Mode::kScratch>(sum.count, guided);
-    if (mode == Mode::kStream) return uniform_sum_of<float, Mode::kStream>(sum.count, guided);
-    return uniform_sum_of<float, Mode::kStore>(sum.count, guided);
+    if (mode == Mode::kScratch)
+      return converts ? uniform_sum_of<float, Mode::kConvertScratch>(sum.count, guided)
+                      : uniform_sum_of<float, Mode::kScratch>(sum.count, guided);
+    if (mode == Mode::kStream)
+      return converts ? uniform_sum_of<float, Mode::kConvertStream>(sum.count, guided)
+                      : uniform_sum_of<float, Mode::kStream>(sum.count, guided);
+    return converts ? uniform_sum_of<float, Mode::kConvert>(sum.count, guided)
+                    : uniform_sum_of<float, Mode::kStore>(sum.count, guided);
   }
   if (type == DType::bf16) {
     if (mode == Mode::kStore) return uniform_sum_of<bf16_t, Mode::kStore>(sum.count, guided);

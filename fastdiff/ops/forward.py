@@ -309,9 +309,11 @@ def q_mean_variance(
     )[0]  # fmt: skip
     return (
         mean,
-        per_sample(schedule, "variance", rows, x_start),
-        per_sample(schedule, "log_variance", rows, x_start),
+        *per_sample(schedule, ("variance", "log_variance"), rows, x_start),
     )
+
+
+_POSTERIOR = StepSpec(states=2, outputs=(3,))
 
 
 def q_posterior_mean_variance(
@@ -346,12 +348,11 @@ def q_posterior_mean_variance(
     if out is not None:
         check_out("out", out, "x_t", x_t, x_t.dtype, [x_start, x_t])
     mean = call_step(
-        [x_start, x_t], StepSpec(states=2, outputs=(3,)),
+        [x_start, x_t], _POSTERIOR,
         table_of(schedule, "posterior", x_t), rows,
         out_dtypes=[x_t.dtype], out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
     return (
         mean,
-        per_sample(schedule, "posterior_variance", rows, x_t),
-        per_sample(schedule, "posterior_log_variance_clipped", rows, x_t),
+        *per_sample(schedule, ("posterior_variance", "posterior_log_variance_clipped"), rows, x_t),
     )

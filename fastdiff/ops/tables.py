@@ -53,22 +53,33 @@ def table_of(schedule: Schedule, kind: str, like: Tensor) -> Tensor:
     return held(schedule.fingerprint, uploaded, schedule, kind, like.device, dtype)
 
 
-def per_sample(schedule: Schedule, name: str, rows: Tensor, like: Tensor) -> Tensor:
-    """schedule.<name>[t] as a view of the shape of `like`; NaN where t is out of range."""
-    values = held(schedule.fingerprint, _uploaded_values, schedule, name, like.device, like.dtype)
-    inside = (rows >= 0) & (rows < values.shape[0])
-    picked = torch.where(inside, values[torch.where(inside, rows, 0)], torch.nan)
-    return picked.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
+def per_sample(
+    schedule: Schedule, names: tuple[str, str], rows: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """schedule.<name>[t] for both names as a view of the shape of `like`; NaN where t is out of
+    range."""
+    values = held(schedule.fingerprint, _uploaded_values, schedule, names, like.device, like.dtype)
+    picked = values.index_select(0, rows.clamp(-1, values.shape[0] - 2) + 1)
+    ones = [1] * (like.dim() - 1)
+    first, second = picked.view(-1, 2, *ones).expand(like.shape[0], 2, *like.shape[1:]).unbind(1)
+    return first, second
 
 
 def _uploaded_values(
-    schedule: Schedule, name: str, device: torch.device, dtype: torch.dtype
+    schedule: Schedule, names: tuple[str, str], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
+    """(T + 2, 2): a column per name between two rows of NaN, those before and after every t."""
+    table = np.full((schedule.num_timesteps + 2, len(names)), np.nan)
+    for k, name in enumerate(names):
+        table[1:-1, k] = _values(schedule, name)
+    return torch.from_numpy(table).to(device=device, dtype=dtype)
+
+
+def _values(schedule: Schedule, name: str) -> np.ndarray:
     if name == "variance":
-        array = np.square(schedule.sigma_t)
-    elif name == "log_variance":
+        return np.square(schedule.sigma_t)
+    if name == "log_variance":
         with np.errstate(divide="ignore"):
-            array = 2.0 * np.log(schedule.sigma_t)
-    else:
-        array = getattr(schedule, name)
-    return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
+            return 2.0 * np.log(schedule.sigma_t)
+    values: np.ndarray = getattr(schedule, name)
+    return values

@@ -47,9 +47,23 @@ class Cache(Generic[T]):
             return value
 
 
+# Configurations by identity, with what they say: upstream replaces one and never changes it, and
+# one with a thousand trained betas takes a millisecond to write out.
+_configurations: Cache[tuple[Any, bytes]] = Cache(64)
+
+
+def _configuration(scheduler: Any) -> bytes:
+    config = scheduler.config
+    found = _configurations.get(id(config))
+    if found is None:
+        text = repr(sorted(config.items(), key=str)).encode()
+        found = _configurations.put(id(config), (config, text))
+    return found[1]
+
+
 def digest(scheduler: Any) -> str:
     """Hash of a scheduler's configuration, tables, timesteps and settings."""
-    state = hashlib.sha256(repr(sorted(scheduler.config.items(), key=str)).encode())
+    state = hashlib.sha256(_configuration(scheduler))
     for name, value in sorted(vars(scheduler).items()):
         if value is None:
             continue  # as good as not there, which it is before the first run
@@ -64,7 +78,7 @@ def _bytes(value: Any) -> bytes:
         value = value.detach().cpu()
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
     if isinstance(value, np.ndarray):
-        return repr((value.dtype, value.shape)).encode() + value.tobytes()
+        return f"{value.dtype.str}{value.shape}".encode() + value.tobytes()
     if value is None or isinstance(value, int | float | str | bool | np.number):
         return repr(value).encode()
     if isinstance(value, list | tuple):

@@ -214,8 +214,7 @@ class Process:
         mean = self._forward("mean", 1, [x_start], rows)
         return (
             mean,
-            per_sample(self._chain, "variance", rows, mean),
-            per_sample(self._chain, "log_variance", rows, mean),
+            *per_sample(self._chain, ("variance", "log_variance"), rows, mean),
         )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -244,8 +243,9 @@ class Process:
         mean = self._forward("posterior", 3, [x_start, x_t], rows)
         return (
             mean,
-            per_sample(self._chain, "posterior_variance", rows, mean),
-            per_sample(self._chain, "posterior_log_variance_clipped", rows, mean),
+            *per_sample(
+                self._chain, ("posterior_variance", "posterior_log_variance_clipped"), rows, mean
+            ),
         )
 
     # Predictions.

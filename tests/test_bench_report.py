@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff import cli
+from fastdiff.benchmarks import goals, registry
 from fastdiff.profiling import bench, bench_command, bench_compare, bench_readme, bench_report
 from tests.conftest import load_helper
 
@@ -226,3 +227,65 @@ def test_readme_is_rewritten_and_checked(
     assert cli.main(command) == 0 and "| one |" in readme.read_text()
     assert cli.main([*command, "--check"]) == 0
     assert "does not match" in capsys.readouterr().out
+
+
+# Goals
+
+
+def figures(seconds: float, ratio: dict[str, float] | None = None) -> dict:
+    taken: dict = {"seconds": [seconds] * 3, "best": seconds}
+    return taken | ({"ratio": {k: [v] * 3 for k, v in ratio.items()}} if ratio else {})
+
+
+def test_a_goal_takes_the_better_of_our_contestants_and_says_why_it_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def goal(least: float, **options: object) -> goals.Goal:
+        return goals.Goal("it", ("own/one",), "x stock", least, **options)  # type: ignore[arg-type]
+
+    better = row() | {
+        "ours": {"fastdiff": figures(2e-3), "fastdiff in place": figures(1e-3)},
+        "opponents": {"stock": figures(4e-3, {"fastdiff": 2.0, "fastdiff in place": 4.0})},
+    }
+    monkeypatch.setattr(bench_report, "GOALS", (goal(3), goal(5, why="there is no more")))
+    lines = bench_report.goals_table(report(better)).splitlines()
+    assert lines[2] == "| it | x stock | at least 3 | 4.00 | yes |"
+    assert lines[3] == "| it | x stock | at least 5 | 4.00 | no (1) |"
+    assert lines[-1] == "(1) there is no more"
+    text = bench_report.text(report(better))
+    assert "it, x stock, at least 5: 4.00; met: no, because there is no more" in text
+    # Several threads, cold memory and failures do not count.
+    others = [
+        better | change for change in ({"threads": 2}, {"memory": "cold"}, {"status": "failed"})
+    ]
+    assert bench_report.goals_table(report(*others[:2])) == ""
+    assert bench_report.goals_table(report(others[2] | {"reason": ""})) == ""
+
+
+def test_goals_are_of_cases_that_exist_and_of_contestants_they_have() -> None:
+    ids = {case.id for case in registry.cases()}
+    named = {case for goal in goals.GOALS for case in goal.cases}
+    assert named <= ids
+
+
+def test_every_kind_of_figure() -> None:
+    measured = row() | {
+        "ours": {"fastdiff": figures(2e-3)}, "elements": 4_000_000, "work": {"steps": 4},
+        "of_limit": {"fastdiff": {"share": [0.8, 0.9, 1.0], "limit": "memory: copy_"}},
+        "opponents": {"stock": figures(4e-3, {"fastdiff": 2.0})},
+        "beside": {"trace of 30 steps": figures(8e-3), "float32 in place": figures(3e-3)},
+    }  # fmt: skip
+    found = {
+        figure: dict(goals.figures_of(goals.Goal("", ("own/one",), figure), [measured]))["own/one"]
+        for figure in ("G/s", "us", "limit", "trace", "x float32", "x stock")
+    }
+    expected = {
+        "G/s": 2.0,
+        "us": 500.0,
+        "limit": 0.9,
+        "trace": 2.0,
+        "x float32": 1.5,
+        "x stock": 2.0,
+    }
+    assert found == pytest.approx(expected)
+    assert not list(goals.figures_of(goals.Goal("", ("own/one",), "x nobody"), [measured]))

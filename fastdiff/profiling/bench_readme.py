@@ -5,7 +5,7 @@
     <!-- end bench -->
 
 The words after `bench` are a glob of case ids and filters; `<!-- bench machine -->` holds what the
-figures were taken on.
+figures were taken on, `<!-- bench goals -->` what they are meant to reach and did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fastdiff.profiling.bench_report import header, markdown_table, selected
+from fastdiff.profiling.bench_report import goals_table, header, markdown_table, selected
 
 __all__ = ["rewritten"]
 
@@ -40,6 +40,8 @@ def _block(found: re.Match[str], report: dict[str, Any]) -> str:
     words = found["words"].split()
     if words == ["machine"]:
         body = "\n".join(["```", *header(report), "```"])
+    elif words == ["goals"]:
+        body = goals_table(report)
     else:
         body = markdown_table(_rows(words, report))
     return f"{found['begin']}{body}\n{found['end']}"

@@ -5,11 +5,21 @@ from __future__ import annotations
 import fnmatch
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from fastdiff.benchmarks.goals import GOALS, figures_of
 from fastdiff.benchmarks.share import rule
 
-__all__ = ["LOAD_PER_CORE", "header", "markdown", "markdown_table", "rate", "text", "time_of"]
+__all__ = [
+    "LOAD_PER_CORE",
+    "goals_table",
+    "header",
+    "markdown",
+    "markdown_table",
+    "rate",
+    "text",
+    "time_of",
+]
 
 Row = dict[str, Any]
 LOAD_PER_CORE = 0.7  # beyond this others disturb the figures
@@ -96,6 +106,9 @@ def text(report: dict[str, Any]) -> str:
                 lines += ["", *_block(row)]
         if group == "share":
             lines += ["", *rule(row for row in rows if row["group"] == group)]
+    goals = list(_goals(report))
+    if goals:
+        lines += ["", "== goals " + "=" * (WIDTH - 9), "", *goals]
     lines += ["", *LEGEND]
     return "\n".join(lines)
 
@@ -123,7 +136,7 @@ def _block(row: Row) -> Iterator[str]:
     for name, figures in row["limits"].items():
         yield _line(row, name, figures, "limit")
     for name, figures in row["beside"].items():
-        note = _shares(row, figures) if name == "model" else _beside(row, figures)
+        note = _shares(row, figures) if name == "model" else _beside(row, name, figures)
         yield _line(row, name, figures, note)
     for what in ("absent", "wrong"):
         for name, reason in row[what].items():
@@ -143,11 +156,13 @@ def _shares(row: Row, model: Row) -> str:
     return "share of the whole: " + ", ".join(parts)
 
 
-def _beside(row: Row, figures: Row) -> str:
-    """Its time over the first opponent's."""
-    for name, other in row["opponents"].items():
-        return f"{figures['seconds'][1] / other['seconds'][1]:.2g} times that of {name}"
-    return ""
+def _beside(row: Row, name: str, figures: Row) -> str:
+    """Its time over the first opponent's; over ours where it is our own float32."""
+    other = "fastdiff in place" if name == "float32 in place" else next(iter(row["opponents"]), "")
+    taken = (row["ours"] | row["opponents"]).get(other)
+    return (
+        f"{figures['seconds'][1] / taken['seconds'][1]:.2g} times that of {other}" if taken else ""
+    )
 
 
 def _line(row: Row, name: str, figures: Row, note: str) -> str:
@@ -222,6 +237,64 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+class _Reached(NamedTuple):
+    """A goal and what was measured, in words."""
+
+    what: str
+    figure: str
+    wanted: str
+    measured: str
+    verdict: str
+    why: str
+
+
+def _reached(report: dict[str, Any]) -> Iterator[_Reached]:
+    for goal in GOALS:
+        figures = list(figures_of(goal, report["rows"]))
+        if not figures:
+            continue
+        met = all(goal.met(value) for _, value in figures)
+        wanted = f"at least {goal.least:g}" if goal.least is not None else f"at most {goal.most:g}"
+        measured = ", ".join(_goal_figure(case, value) for case, value in figures)
+        figure = _UNITS.get(goal.figure, goal.figure)
+        verdict, why = ("yes", "") if met else ("no", goal.why)
+        yield _Reached(goal.what, figure, wanted, measured, verdict, why)
+
+
+def goals_table(report: dict[str, Any]) -> str:
+    """What the cases are meant to reach and what they did, as Markdown; "" without such cases."""
+    rows = list(_reached(report))
+    if not rows:
+        return ""
+    reasons = {why: n for n, why in enumerate(dict.fromkeys(row.why for row in rows if row.why), 1)}
+    lines = [_cells(["what", "figure", "wanted", "measured", "met"]), _cells(["---"] * 5)]
+    for row in rows:
+        verdict = f"{row.verdict} ({reasons[row.why]})" if row.why else row.verdict
+        lines.append(_cells([*row[:4], verdict]))
+    return "\n".join([*lines, *(f"\n({n}) {why}" for why, n in reasons.items())])
+
+
+def _goals(report: dict[str, Any]) -> Iterator[str]:
+    """The same for a terminal."""
+    for row in _reached(report):
+        line = f"{row.what}, {row.figure}, {row.wanted}: {row.measured}; met: {row.verdict}"
+        line += f", because {row.why}" if row.why else ""
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+_UNITS = {
+    "x float32": "times as fast as float32", "limit": "share of the limit", "us": "µs a step",
+    "trace": "of a stock run's time",
+}  # fmt: skip
+
+
+def _goal_figure(case: str, value: float) -> str:
+    name = case.split("/", 1)[1]
+    if name.endswith(" 1x1x2x2"):
+        return f"{name.removesuffix(' 1x1x2x2')} {_ratio(value)}"
+    return f"{_ratio(value)} ({name.split()[-1]})" if "x" in name.split()[-1] else _ratio(value)
+
+
 def _limit_cell(row: Row) -> str:
     shares = list(row["of_limit"].values())[:2]
     if not shares:
@@ -248,6 +321,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", f"## {group}", "", markdown_table(mine)]
         if group == "share":
             lines += ["", *(f"- {line}" for line in rule(mine))]
+    goals = goals_table(report)
+    if goals:
+        lines += ["", "## Goals", "", goals]
     notes = dict.fromkeys(_notes(report["rows"]))
     if notes:
         lines += ["", "## Not compared", "", *(f"- {note}" for note in notes)]

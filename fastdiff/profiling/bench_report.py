@@ -211,8 +211,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
     beside = list(dict.fromkeys(name for row in rows for name in row["beside"]))
     step = all("steps" in row["work"] for row in rows)
     ours = " / ".join(dict.fromkeys(name for row in rows for name in list(row["ours"])[:2]))
+    limited = any(row["of_limit"] for row in rows)
     titles = [
-        "case", f"{ours}, a step" if step else "fastdiff", "of the limit", *opponents, *beside
+        "case", f"{ours}, a step" if step else "fastdiff", *(["of the limit"] if limited else []),
+        *opponents, *beside,
     ]  # fmt: skip
     lines = [_cells(titles), _cells(["---"] * len(titles))]
     for row in rows:
@@ -225,7 +227,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         times = " / ".join(time_of(value / steps) for value in seconds)
         if "images" in row["work"]:
             times += f" ({rate(row['work']['images'] / seconds[0], 'images')})"
-        cells = [name, times, _limit_cell(row)]
+        cells = [name, times, *([_limit_cell(row)] if limited else [])]
         for opponent in opponents:
             figures = row["opponents"].get(opponent)
             ratios = list(figures["ratio"].values())[:2] if figures else []

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "STREAM_BITS_CHAIN",
+    "STREAM_BITS_Q_SAMPLE",
+    "STREAM_BITS_REVERSE",
     "STREAM_CHAIN",
     "STREAM_INITIAL",
     "STREAM_Q_SAMPLE",
@@ -29,6 +32,7 @@ __all__ = [
     "normals",
     "philox4x32",
     "sample_keys",
+    "words",
 ]
 
 # The one list of streams: what a draw is for. Draws of one sample never collide.
@@ -37,6 +41,9 @@ STREAM_STEP = 1  # first draw of a solver step (step = absolute row of the plan)
 STREAM_Q_SAMPLE = 2  # q_sample (step = the caller's, usually the training iteration)
 STREAM_STEP_SECOND = 3  # second draw of a solver step
 STREAM_CHAIN = 4  # forward chain (step = t)
+STREAM_BITS_REVERSE = 5  # reverse step of bits (step = t; their beginning is step T)
+STREAM_BITS_Q_SAMPLE = 6  # q_sample of bits (step = the caller's)
+STREAM_BITS_CHAIN = 7  # forward step of bits (step = t)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -129,6 +136,24 @@ def normals(
     Returns:
         float32 (B, n).
     """
+    w0, w1, w2, w3 = _blocks(keys, step, stream, n, first_block)
+    z = torch.stack([*_box_muller(w0, w1), *_box_muller(w2, w3)], dim=-1)
+    return z.reshape(keys.shape[0], -1)[:, :n]
+
+
+def words(keys: Tensor, step: Tensor | int, stream: Tensor | int, n: int) -> Tensor:
+    """The Philox words that bits are drawn with: word k of a block is that of element 4*block + k.
+
+    Arguments as in normals(). Returns int64 (B, n) that holds uint32 values.
+    """
+    blocks = torch.stack(_blocks(keys, step, stream, n, 0), dim=-1)
+    return blocks.reshape(keys.shape[0], -1)[:, :n]
+
+
+def _blocks(
+    keys: Tensor, step: Tensor | int, stream: Tensor | int, n: int, first_block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of every block that n elements take, (B, blocks) each."""
     block = torch.arange(first_block, first_block + (n + 3) // 4, device=keys.device)[None, :]
 
     def column(value: Tensor | int) -> Tensor:
@@ -138,6 +163,4 @@ def normals(
 
     seed, sample = keys[:, :1], keys[:, 1:] & _MASK
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    w0, w1, w2, w3 = philox4x32((block, sample, column(step), column(stream)), key)
-    z = torch.stack([*_box_muller(w0, w1), *_box_muller(w2, w3)], dim=-1)
-    return z.reshape(keys.shape[0], -1)[:, :n]
+    return philox4x32((block, sample, column(step), column(stream)), key)

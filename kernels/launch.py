@@ -31,16 +31,22 @@ LARGE_NUMEL = 1 << 30
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """One call of a kernel: its grid, its arguments by position, its constants by name."""
+    """One call of a kernel: its grid, its arguments by position, its constants by name.
+
+    then: the launch that completes it, on the same stream.
+    """
 
     kernel: Any
     grid: tuple[int, int]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
+    then: Launch | None = None
 
     def __call__(self) -> None:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        if self.then is not None:
+            self.then()
 
 
 class Tiling(NamedTuple):
@@ -59,6 +65,8 @@ def tiling(
     nvidia: bool,
     policy: Policy | None,
     block: int | None,
+    least: int = 1,
+    elements: int | None = None,
     tiles: int | None = None,
     light: bool = False,
 ) -> Tiling:
@@ -68,6 +76,8 @@ def tiling(
         makes_noise: which of the policy's parameters to take.
         policy: a row of policy.py; that of the tensors' device when None.
         block: elements of a tile, a power of two; chosen by size when None.
+        least: elements of a tile at least, whatever the policy, where a sample has as many.
+        elements: of a tile in a thread; the policy's when None.
         tiles: of a program at most; the policy's when None.
         light: whether a thread needs few enough registers for all that an SM can hold of them.
 
@@ -81,11 +91,13 @@ def tiling(
     itemsize = min([tensor.element_size() for tensor in tensors])
     large = max([tensor.numel() for tensor in tensors]) >= LARGE_NUMEL
     parameters = row.noise if makes_noise else row.plain
+    if elements is not None:
+        parameters = parameters._replace(elements=elements)
     if tiles is not None:
         parameters = parameters._replace(tiles=tiles)
     registers = row.registers if light and nvidia else None
     return _tiling(
-        n, batch, itemsize, large, nvidia, parameters, registers, place, block, MAX_GRID_Y
+        n, batch, itemsize, large, nvidia, parameters, registers, place, block, least, MAX_GRID_Y
     )
 
 
@@ -100,14 +112,15 @@ def _tiling(
     registers: int | None,
     place: Placement,
     block: int | None,
+    least: int,
     max_grid_y: int,
 ) -> Tiling:
     warp = 32 if nvidia else 64
     if block is None:
-        largest = parameters.warps * warp * parameters.elements
+        largest = max(least, parameters.warps * warp * parameters.elements)
         block = max(SMALLEST_BLOCK, min(largest, triton.next_power_of_2(n)))
     warps = max(1, block // (warp * parameters.elements))
-    neighbours = 16 // itemsize
+    neighbours = min(16 // itemsize, parameters.elements)
     unit = next(unit for unit in (8, 4, 1) if unit <= neighbours and n % unit == 0)
     resident = place.multiprocessors * max(1, place.threads // (warps * warp))
     programs = _programs(triton.cdiv(n, block), batch, parameters.tiles, resident)

@@ -31,7 +31,7 @@ from fastdiff.ops.step import HEADER, Layout, parse, unpack
 
 __all__ = ["prepare"]
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -306,7 +306,7 @@ class _Structure(NamedTuple):
 def _structure(text: str) -> _Structure:
     layout = parse(text)
     spec = layout.spec
-    if spec.noise_dtype not in _DTYPES:
+    if spec.noise_dtype not in DTYPES:
         raise TypeError("fastdiff_triton::step: float64 noise is not served")
     low = (1 << (spec.states + 1)) - 1  # S.., o
     clamp = spec.clamp or 0
@@ -319,7 +319,7 @@ def _structure(text: str) -> _Structure:
         "UNION": union,
         "CLAMP": spec.clamp is not None,
         "DRAWS": spec.draws,
-        "NOISE_DTYPE": _DTYPES[spec.noise_dtype],
+        "NOISE_DTYPE": DTYPES[spec.noise_dtype],
         "LEARNED": spec.learned,
         "HEADER": len(HEADER),
     })  # fmt: skip

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "include/loss.h"
 #include "include/params.h"
 
 namespace {
@@ -100,6 +101,67 @@ void check_chain(DType dtype, int64_t n, int64_t offset) {
   expect(launch_chain(p, nullptr) == 0, "chain failed");
 }
 
+// Columns and functions of `structure`, of one model output or two.
+void check_loss(const LossParams& structure, DType state, DType model, int64_t n, int64_t offset) {
+  Buffers buffer{offset, {}};
+  LossParams p = structure;
+  const int64_t channels = p.learned ? 2 : 1, results = 3;
+  p.batch = 3;
+  p.n = n;
+  p.pieces = n > kPiece ? (n + kPiece - 1) / kPiece : 1;
+  p.noise_dtype = state;
+  for (int k = 0; k < p.model_outputs; ++k) {
+    p.model_output[k] = buffer(model, channels * 3 * n);
+    p.grad[k] = buffer(model, channels * 3 * n);
+  }
+  if (!p.makes) p.x = buffer(state, 3 * n);
+  if (p.makes) p.made = buffer(state, 3 * n);
+  p.y = buffer(state, 3 * n);
+  const std::vector<float> table(2 * kLossColumns, 0.5f), guidance = {1.5f};
+  const std::vector<int64_t> rows = {0, 1, 2};  // the last one is outside of the table
+  std::vector<float> sums(static_cast<size_t>(3 * results)), results_grad(sums);
+  std::vector<float> partials(static_cast<size_t>(3 * results * p.pieces));
+  p.table = table.data();
+  p.table_rows = 2;
+  p.rows = rows.data();
+  p.rows_stride = 1;
+  p.guidance_scale = guidance.data();
+  p.results = sums.data();
+  p.partials = partials.data();
+  p.results_grad = results_grad.data();
+  expect(launch_loss(p, nullptr) == 0, "loss failed");
+  expect(launch_loss_grad(p, nullptr) == 0, "loss_grad failed");
+
+  p.y.dtype = DType::f64;
+  expect(launch_loss(p, nullptr) != 0, "a float64 x_t was accepted");
+  expect(launch_loss_grad(p, nullptr) != 0, "a float64 x_t was accepted");
+}
+
+void check_losses(DType state, DType model, int64_t n, int64_t offset) {
+  LossParams p{};
+  p.model_outputs = 1;
+  p.terms = kErrorTerm;
+  p.clamp = -1;
+  p.error = 0b00101;
+  check_loss(p, state, model, n, offset);
+  p.seeded = true;
+  p.error = 0b10101;
+  check_loss(p, state, model, n, offset);
+  p.terms |= kBoundTerm;
+  p.error = 0b10100;
+  p.bound = 0b0111;
+  p.learned = p.frozen = true;
+  check_loss(p, state, model, n, offset);
+  p.bound = 0b1001;
+  p.clamp = 3;
+  check_loss(p, state, model, n, offset);
+  p.terms |= kXStartTerm;
+  p.model_outputs = 2;
+  p.rho = kPseudoHuber;
+  p.makes = true;
+  check_loss(p, state, model, n, offset);
+}
+
 }  // namespace
 
 int main() {
@@ -109,6 +171,9 @@ int main() {
         check_randn(state, n, offset);
         check_chain(state, n, offset);
         for (const DType model : kTypes) {
+          if (n < 9000 && (state == DType::f32 || state == model)) {
+            check_losses(state, model, n, offset);
+          }
           for (const int64_t rows_stride : {0, 1}) {
             check_step(state, model, n, offset, 1, 1, false, rows_stride);
             check_step(state, model, n, offset, 1, 1, true, rows_stride);

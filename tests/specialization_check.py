@@ -13,9 +13,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastdiff.kernels import chain, randn, step
+from fastdiff.kernels import chain, loss, randn, step
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.policy import policy_of
+from fastdiff.ops.loss import BOUND, COLUMNS, ERROR, LossSpec, loss_arguments, partial_count
 from fastdiff.ops.step import StepSpec, step_arguments
 
 
@@ -46,9 +47,10 @@ def distinct(launches: Iterator[Launch | None]) -> int:
     knobs.runtime.jit_cache_hook = hook
     for launch in launches:
         assert launch is not None
-        launch.kernel.warmup(
-            *launch.arguments, grid=launch.grid, **launch.constants, **launch.options
-        )
+        part: Launch | None = launch
+        while part is not None:
+            part.kernel.warmup(*part.arguments, grid=part.grid, **part.constants, **part.options)
+            part = part.then
     return len(keys)
 
 
@@ -88,6 +90,26 @@ def chains() -> Iterator[Launch | None]:
             )  # fmt: skip
 
 
+def losses(
+    specs: tuple[LossSpec, ...] = (LossSpec(ERROR, 0b10100),),
+) -> Iterator[Launch | None]:
+    """Training steps: each with its sizes, batch, rows and counters."""
+    for spec in specs:
+        for n in (1024, 2048, 4096, 3 * 64 * 64 + 4):
+            for batch, rows in ((2, 1), (16, 1000), (17, 16)):
+                x, table = torch.zeros(batch, n), torch.zeros(rows, len(COLUMNS))
+                results = torch.zeros(spec.count, batch)
+                partials = torch.zeros(spec.count, batch, partial_count(n))
+                common = dict(
+                    spec=spec, model_outputs=[x], x=x if spec.reads_x else None, y=None,
+                    table=table, rows=torch.zeros(batch).long(), counter=(n, 0, n, 2),
+                )  # fmt: skip
+                call = loss_arguments(outputs=[results, partials], **common)
+                yield loss.prepare(*call, policy=policy_of("sm_90"))
+                call = loss_arguments(outputs=[x], gradients=results, **common)
+                yield loss.prepare_grad(*call, policy=policy_of("sm_90"))
+
+
 def main() -> None:
     driver.set_active(Driver())
     results = {
@@ -95,6 +117,10 @@ def main() -> None:
         "other sizes": distinct(steps((2048, 4096, 12288, 3 * 64 * 64 + 4))),
         "randn": distinct(randns()),
         "chain": distinct(chains()),
+        "losses": distinct(losses()),
+        "other losses": distinct(
+            losses(tuple(LossSpec(BOUND, 0, 0b101, density=d) for d in (True, False)))
+        ),
         "odd sizes": distinct(steps((4096, 4097))),
         "another dtype": distinct(
             launch for d in (torch.float32, torch.bfloat16) for launch in steps((4096,), dtype=d)

@@ -14,6 +14,7 @@ import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends.info import info
 from fastdiff.ops import held
+from fastdiff.ops.bits import BOUND_COLUMNS, bits_arguments, bits_bound_arguments
 from fastdiff.ops.schemas import SCHEMAS
 
 CPU = torch.device("cpu")
@@ -142,9 +143,38 @@ def step_arguments():
     )  # fmt: skip
 
 
+def bits_bound(mixture, gradients=None):
+    table, rows = torch.rand(3, BOUND_COLUMNS), torch.tensor([2])
+    outputs = [torch.empty(2), torch.empty(2, 1)] if gradients is None else [torch.empty_like(X)]
+    return bits_bound_arguments(
+        outputs, X, X.relu(), (-X).relu(), table, rows, mixture=mixture, gradients=gradients
+    )
+
+
+def loss(gradients=None):
+    from fastdiff.ops.loss import COLUMNS, ERROR, LossSpec, loss_arguments
+
+    table, rows = torch.rand(3, len(COLUMNS)), torch.tensor([2])
+    outputs = [torch.empty(1, 2), torch.empty(1, 2, 1)]
+    if gradients is not None:
+        outputs = [torch.empty_like(X)]
+    spec = LossSpec(ERROR, error=0b10101)
+    return loss_arguments(
+        spec, outputs, [X], -X, None, table, rows, gradients=gradients, counter=(5, 0, 1, 2)
+    )
+
+
 ARGUMENTS = {
+    "loss": loss,
+    "loss_grad": lambda: loss(gradients=torch.rand(1, 2)),
     "randn": lambda: (torch.empty(2, 9), None, 5, 0, 0, 1, 0, False),
     "step": step_arguments,
+    "bits": lambda: bits_arguments(
+        torch.empty_like(X), torch.rand(4, 4), torch.tensor([3, 1]), logits=X, x=X.relu(),
+        counter=(5, 0, 1, 6),
+    ),
+    "bits_bound": lambda: bits_bound(mixture=True),
+    "bits_bound_grad": lambda: bits_bound(mixture=False, gradients=torch.rand(2)),
     "chain": lambda: (
         X, None, torch.rand(4, 2), torch.tensor([0, -1, -1, 1]), None, 3, 0, False,
         torch.empty(2, 2, 3, 5),

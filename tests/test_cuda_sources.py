@@ -346,7 +346,14 @@ def most_registers(kernel: str, arch: str) -> int:
     """The bound that a kernel's launch leaves it on an architecture; see csrc/cuda/launch.cuh."""
     if kernel in ("step_kernel<2>", "step_kernel<8>"):
         return 80 if "2" in kernel else 128
-    if arch == "75" or kernel.startswith(("step_kernel", "chain_kernel")):
+    if kernel.startswith(("loss_kernel", "loss_grad_kernel")):
+        if "AnyLoss" in kernel or "Hybrid" in kernel:
+            return 128 if arch == "75" else 64
+        if arch != "75":
+            return 48 if "VelocityError" in kernel or "StepDensity" in kernel else 40
+    if kernel.startswith(("bits_kernel", "bits_bound_kernel")):
+        return 80
+    if arch == "75" or kernel.startswith(("step_kernel", "chain_kernel", "loss_sum", "bits_")):
         return 64
     if kernel.startswith("randn_kernel") and kernel.endswith("false>"):
         return 40

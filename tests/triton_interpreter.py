@@ -1,8 +1,9 @@
 """Mends Triton's interpreter where it differs from GPUs, so that tests can compare bits.
 
 Casts between float32 and bfloat16 truncate there instead of rounding to nearest even, and lose
-subnormal numbers. The approximations of libdevice do not exist there; they become numpy's accurate
-functions, which is enough to test the formulas around them.
+subnormal numbers. Sums begin with +0, so that one of -0 only loses its sign. The approximations of
+libdevice do not exist there; they become numpy's accurate functions, which is enough to test the
+formulas around them.
 """
 
 import numpy as np
@@ -52,7 +53,14 @@ def install() -> None:
             return interpreter.TensorHandle(word.view(np.float32), target)
         return original(self, src, dst)
 
+    def add_up(self, input):
+        axis, keep = self.axis, self.keep_dims
+        start = -0.0 if input.dtype.is_floating() else 0
+        total = np.sum(input.handle.data, axis=axis, keepdims=keep, initial=start)
+        return self.to_tensor(total, input.dtype)
+
     cast.mended = True
     builder.cast_impl = cast
+    interpreter.ReduceOps.sum = add_up
     for name, function in (("fast_log2f", _log2), ("fast_sinf", _sin), ("fast_cosf", _cos)):
         setattr(libdevice, name, function)

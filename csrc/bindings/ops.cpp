@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include "../include/loss.h"
 #include "../include/params.h"
 
 namespace {
@@ -74,8 +75,9 @@ std::string failure(cudaError_t error, int device) {
 
 // Runs a launcher on the device and current stream of `where`.
 template <class Params>
-void launch(int (*launcher)(const Params&, void*), const Params& params, const Tensor& where) {
-  if (params.batch == 0 || params.n == 0) return;
+void launch_batch(int (*launcher)(const Params&, void*), const Params& params,
+                  const Tensor& where) {
+  if (params.batch == 0) return;
 #if defined(FASTDIFF_CUDA)
   const auto device = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -88,6 +90,12 @@ void launch(int (*launcher)(const Params&, void*), const Params& params, const T
   (void)where;
   launcher(params, nullptr);
 #endif
+}
+
+// The same, of what does nothing where there are no elements.
+template <class Params>
+void launch(int (*launcher)(const Params&, void*), const Params& params, const Tensor& where) {
+  if (params.n > 0) launch_batch(launcher, params, where);
 }
 
 void randn(Tensor out, std::optional<Tensor> keys, int64_t seed, int64_t sample_offset,
@@ -128,14 +136,17 @@ class Layout {
   int32_t mask() { return field(4); }
 
   // A mask, or -1 for "-".
-  int32_t mask_if_any() {
-    if (ends() || *next_ != '-') return mask();
-    ++next_;
-    return -1;
-  }
+  int32_t mask_if_any() { return there_is_none() ? -1 : mask(); }
+  int32_t digit_if_any() { return there_is_none() ? -1 : field(1); }
 
  private:
-  static constexpr const char* kMalformed = "layout must be a string of StepSpec.layout";
+  bool there_is_none() {
+    if (ends() || *next_ != '-') return false;
+    ++next_;
+    return true;
+  }
+
+  static constexpr const char* kMalformed = "layout must be a string of hexadecimal digits";
   const char *next_, *end_;
 };
 
@@ -280,6 +291,120 @@ void step(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string l
   launch(&launch_step, p, first);
 }
 
+// What `loss` and `loss_grad` share: LossSpec.layout() of fastdiff/ops/loss.py and all inputs but
+// the gradients.
+fastdiff::LossParams loss_params(const std::string& layout, Tensors& read) {
+  using namespace fastdiff;
+  LossParams p{};
+  Layout facts(layout);
+  p.model_outputs = facts.field(1);
+  const int32_t noise = facts.field(1), optional = facts.field(1);
+  p.terms = facts.field(1);
+  p.error = facts.field(2);
+  p.bound = facts.field(1);
+  p.clamp = facts.digit_if_any();
+  p.rho = facts.field(1);
+  p.noise_dtype = static_cast<DType>(facts.field(1) & 3);
+  const int32_t flags = facts.field(1);
+  p.density = (flags & 1) != 0;
+  p.learned = (flags & 2) != 0;
+  p.frozen = (flags & 4) != 0;
+  p.makes = (flags & 8) != 0;
+  p.fast = facts.field(1) != 0;
+  STD_TORCH_CHECK(facts.ends(), "layout must be a string of LossSpec.layout");
+  STD_TORCH_CHECK(p.model_outputs == 1 || p.model_outputs == 2, "1 or 2 model outputs, not ",
+                  p.model_outputs);
+  STD_TORCH_CHECK(p.terms > 0 && p.terms < 8 && p.error < 32 && p.bound < 16 && p.clamp < 4 &&
+                      p.rho <= kPseudoHuber,
+                  "layout has a term, column or function that there is not");
+  const bool error = p.terms & kErrorTerm, bound = p.terms & kBoundTerm,
+             x_start = p.terms & kXStartTerm;
+  STD_TORCH_CHECK(
+      (!error || p.error) && (!bound || p.bound) && (!p.makes || p.bound & ~1) && p.clamp != 0,
+      "layout has a sum of no columns");
+  const bool reads_c = (error && p.error & 8) || ((bound || p.makes) && p.bound & 8) || x_start;
+  STD_TORCH_CHECK(!reads_c || p.clamp > 0, "layout uses a clamp node that it does not have");
+  const bool draws = p.error & 16 || p.makes;
+  STD_TORCH_CHECK(noise == 0 || (noise == 1 && draws), "expected ", draws ? "at most 1" : "no",
+                  " noise tensor, not ", noise);
+  const bool reads_x = !p.makes && (p.error & 1 || p.bound & 1 || x_start);
+  STD_TORCH_CHECK(!bound || p.density || reads_x || p.makes, "layout has a likelihood without x");
+
+  const Tensor& first = read.take("model outputs");
+  const int64_t size = first.numel(), elements = p.learned ? size / 2 : size;
+  p.batch = first.size(0);
+  p.n = p.batch ? elements / p.batch : 0;
+  STD_TORCH_CHECK(p.batch * p.n * (p.learned ? 2 : 1) == size,
+                  "model outputs must have twice the channels where the variance is learned");
+  p.model_output[0] = operand(first);
+  read.fill(p.model_output + 1, p.model_outputs - 1, size, "model outputs");
+  if (reads_x) p.x = operand(read.take("x", elements));
+  if (p.error & 2 || p.bound & 2 || (p.clamp > 0 && p.clamp & 1))
+    p.y = operand(read.take("y", elements));
+  read.fill(&p.noise, noise, elements, "noise tensors");
+  p.seeded = draws && noise == 0;
+  const Tensor& table = read.take("table");
+  p.table = table.data_ptr();
+  p.table_dtype = dtype_of(table);
+  p.table_rows = table.size(0);
+  STD_TORCH_CHECK(p.table_dtype == DType::f32 || p.table_dtype == DType::f64,
+                  "table must be float32 or float64");
+  STD_TORCH_CHECK(table.numel() == p.table_rows * kLossColumns, "table must have ",
+                  static_cast<int64_t>(kLossColumns), " columns");
+  STD_TORCH_CHECK(p.table_rows > 0, "table must have a row");
+  p.rows = read.take_per_sample<int64_t>("rows", ScalarType::Long, p.batch, &p.rows_stride);
+  if (optional & 1)
+    p.keys = pointer<int64_t>(read.take("keys", 2 * p.batch), ScalarType::Long, "keys");
+  if (optional & 2)
+    p.guidance_scale = read.take_per_sample<float>("guidance_scale", ScalarType::Float, p.batch,
+                                                   &p.guidance_stride);
+  STD_TORCH_CHECK(p.model_outputs < 2 || p.guidance_scale, "two model outputs need guidance_scale");
+  return p;
+}
+
+// A tensor of the arithmetic, of one entry per result, or as many as said.
+void* take_results(Tensors& tensors, const char* name, const fastdiff::LossParams& p,
+                   int64_t entries = 1) {
+  const int64_t terms = (p.terms & 1) + (p.terms >> 1 & 1) + (p.terms >> 2 & 1);
+  const Tensor& tensor = tensors.take(name, terms * p.batch * entries);
+  STD_TORCH_CHECK(dtype_of(tensor) == p.table_dtype, name, " must have the dtype of the table");
+  return tensor.data_ptr();
+}
+
+template <class Params>
+void set_counter(Params& p, int64_t seed, int64_t sample_offset, int64_t step, int64_t stream) {
+  p.seed = seed;
+  p.sample_offset = sample_offset;
+  p.step = step;
+  p.stream = stream;
+}
+
+void loss(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout, int64_t seed,
+          int64_t sample_offset, int64_t step, int64_t stream) {
+  Tensors read(inputs), written(outputs);
+  fastdiff::LossParams p = loss_params(layout, read);
+  p.pieces = p.n > fastdiff::kPiece ? (p.n + fastdiff::kPiece - 1) / fastdiff::kPiece : 1;
+  p.results = take_results(written, "results", p);
+  p.partials = take_results(written, "partial sums", p, p.pieces);
+  if (p.makes) p.made = operand(written.take("x", p.batch * p.n));
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
+                  "there are more tensors than layout names");
+  set_counter(p, seed, sample_offset, step, stream);
+  launch_batch(&fastdiff::launch_loss, p, inputs[0]);  // samples of no elements have a loss too
+}
+
+void loss_grad(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout,
+               int64_t seed, int64_t sample_offset, int64_t step, int64_t stream) {
+  Tensors read(inputs), written(outputs);
+  fastdiff::LossParams p = loss_params(layout, read);
+  p.results_grad = take_results(read, "gradients", p);
+  written.fill(p.grad, p.model_outputs, p.batch * p.n * (p.learned ? 2 : 1), "outputs");
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
+                  "there are more tensors than layout names");
+  set_counter(p, seed, sample_offset, step, stream);
+  launch(&fastdiff::launch_loss_grad, p, inputs[0]);
+}
+
 void chain(Tensor x_start, std::optional<Tensor> noise, Tensor table, Tensor slots,
            std::optional<Tensor> keys, int64_t seed, int64_t sample_offset, bool fast, Tensor out) {
   fastdiff::ChainParams p{};
@@ -299,10 +424,115 @@ void chain(Tensor x_start, std::optional<Tensor> noise, Tensor table, Tensor slo
   launch(&fastdiff::launch_chain, p, x_start);
 }
 
+// Bits may be uint8.
+Operand bits_operand(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Byte) return {tensor.data_ptr(), DType::u8};
+  return operand(tensor);
+}
+
+// Table and rows of the operations on bits.
+template <class P>
+void take_table(Tensors& read, int64_t width, P* p) {
+  const Tensor& table = read.take("table");
+  p->table = table.data_ptr();
+  p->table_dtype = dtype_of(table);
+  p->table_rows = table.size(0);
+  p->table_width = table.size(1);
+  STD_TORCH_CHECK(p->table_dtype == DType::f32 || p->table_dtype == DType::f64,
+                  "table must be float32 or float64");
+  STD_TORCH_CHECK(p->table_rows > 0 && p->table_width == width, "table must have rows of ", width,
+                  " columns, not ", p->table_width);
+  p->rows = read.take_per_sample<int64_t>("rows", ScalarType::Long, p->batch, &p->rows_stride);
+}
+
+void bits(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout, int64_t seed,
+          int64_t sample_offset, int64_t step, int64_t stream) {
+  fastdiff::BitsParams p{};
+  Layout facts(layout);
+  const bool logits = facts.field(1) != 0, x = facts.field(1) != 0, keys = facts.field(1) != 0;
+  Tensors written(outputs), read(inputs);
+  const Tensor& out = written.take("outputs");
+  const int64_t elements = out.numel();
+  p.out = bits_operand(out);
+  p.batch = out.size(0);
+  p.n = p.batch ? elements / p.batch : 0;
+  if (logits) p.logits = operand(read.take("logits", elements));
+  if (x) p.x = bits_operand(read.take("x", elements));
+  take_table(read, logits ? 4 : 2, &p);
+  if (keys) p.keys = pointer<int64_t>(read.take("keys", 2 * p.batch), ScalarType::Long, "keys");
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken() && facts.ends(),
+                  "there are more tensors than layout names");
+  p.seed = seed;
+  p.sample_offset = sample_offset;
+  p.step = step;
+  p.stream = stream;
+  launch(&fastdiff::launch_bits, p, out);
+}
+
+// What the two operations share: everything but the gradients and the outputs.
+fastdiff::BitsBoundParams bits_bound_params(const Tensor& logits, const std::string& layout,
+                                            Tensors& read) {
+  fastdiff::BitsBoundParams p{};
+  Layout facts(layout);
+  p.mixture = facts.field(1) != 0;
+  const int64_t elements = logits.numel();
+  p.batch = logits.size(0);
+  p.n = p.batch ? elements / p.batch : 0;
+  p.logits = operand(logits);
+  p.x_t = bits_operand(read.take("x_t", elements));
+  p.x_start = bits_operand(read.take("x_start", elements));
+  take_table(read, 13, &p);
+  return p;
+}
+
+const void* per_sample(const Tensor& tensor, const char* name, const fastdiff::BitsBoundParams& p) {
+  STD_TORCH_CHECK(tensor.numel() == p.batch && dtype_of(tensor) == p.table_dtype, name,
+                  " must have one entry per sample, of the table's dtype");
+  return tensor.data_ptr();
+}
+
+void bits_bound(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout,
+                int64_t, int64_t, int64_t, int64_t) {
+  Tensors written(outputs), read(inputs);
+  const Tensor& logits = read.take("logits");
+  fastdiff::BitsBoundParams p = bits_bound_params(logits, layout, read);
+  p.results = const_cast<void*>(per_sample(written.take("outputs"), "results", p));
+  const Tensor& partials = written.take("partial sums");
+  int64_t least = 0;
+  for (int64_t parts = (p.n + 31) / 32;; parts = (parts + 31) / 32) {
+    least += parts;
+    if (parts <= 1) break;
+  }
+  p.partials = partials.data_ptr();
+  p.partial_stride = p.batch ? partials.numel() / p.batch : 0;
+  STD_TORCH_CHECK(p.partial_stride >= least && dtype_of(partials) == p.table_dtype,
+                  "partial sums need ", least, " entries per sample, of the table's dtype");
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
+                  "there are more tensors than layout names");
+  launch(&fastdiff::launch_bits_bound, p, logits);
+}
+
+void bits_bound_grad(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string layout,
+                     int64_t, int64_t, int64_t, int64_t) {
+  Tensors written(outputs), read(inputs);
+  const Tensor& logits = read.take("logits");
+  fastdiff::BitsBoundParams p = bits_bound_params(logits, layout, read);
+  p.gradients = per_sample(read.take("gradients"), "gradients", p);
+  p.gradient = operand(written.take("outputs", logits.numel()));
+  STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
+                  "there are more tensors than layout names");
+  launch(&fastdiff::launch_bits_bound_grad, p, logits);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_DISPATCH_KEY, m) {
   m.impl("randn", TORCH_BOX(&randn));
   m.impl("step", TORCH_BOX(&step));
   m.impl("chain", TORCH_BOX(&chain));
+  m.impl("loss", TORCH_BOX(&loss));
+  m.impl("loss_grad", TORCH_BOX(&loss_grad));
+  m.impl("bits", TORCH_BOX(&bits));
+  m.impl("bits_bound", TORCH_BOX(&bits_bound));
+  m.impl("bits_bound_grad", TORCH_BOX(&bits_bound_grad));
 }

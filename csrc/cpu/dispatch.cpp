@@ -149,6 +149,32 @@ int launch_chain(const ChainParams& params, void*) {
   return run(kernels().chain, params, grain / steps);
 }
 
+int launch_bits(const BitsParams& params, void*) {
+  return run(kernels().bits, params, kNoiseGrain);
+}
+
+int launch_bits_bound(const BitsBoundParams& params, void*) {
+  run(kernels().bits_bound, params, kNoiseGrain);
+  kernels().bits_bound_sum(params, 0, params.batch);
+  return 0;
+}
+
+int launch_bits_bound_grad(const BitsBoundParams& params, void*) {
+  return run(kernels().bits_bound_grad, params, kNoiseGrain);
+}
+
+int launch_loss(const LossParams& params, void*) {
+  const bool dear = params.seeded || params.terms & 2;  // exp and log, in the bound
+  run(kernels().loss, params, dear ? kNoiseGrain : kPlainGrain);
+  kernels().loss_results(params);
+  return 0;
+}
+
+int launch_loss_grad(const LossParams& params, void*) {
+  const bool dear = params.seeded || params.terms & 2;
+  return run(kernels().loss_grad, params, dear ? kNoiseGrain : kPlainGrain);
+}
+
 }  // namespace fastdiff
 
 // Test entry: see Kernels::box_muller.

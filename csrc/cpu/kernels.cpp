@@ -1,7 +1,10 @@
 // One ISA level: compiled with -DFASTDIFF_ISA=<name> and the level's -march.
 #include "kernels.h"
 
+#include "bits.h"
 #include "chain.h"
+#include "loss.h"
+#include "loss_grad.h"
 #include "randn.h"
 #include "step.h"
 
@@ -26,6 +29,9 @@ static void box_muller_pairs(const uint32_t* a, const uint32_t* b, float* z0, fl
 #define FD_STRING(name) FD_STRING_OF(name)
 
 extern const Kernels kernels;
-const Kernels kernels = {FD_STRING(FASTDIFF_ISA), &randn, &step, &chain, &box_muller_pairs};
+const Kernels kernels = {
+    FD_STRING(FASTDIFF_ISA), &randn,           &step, &chain,      &loss,
+    &loss_results,           &loss_grad,       &bits, &bits_bound, &bits_bound_sum,
+    &bits_bound_grad,        &box_muller_pairs};
 
 }  // namespace fastdiff::FASTDIFF_ISA

@@ -19,6 +19,13 @@ struct Kernels {
   void (*randn)(const RandnParams& params, int64_t first, int64_t last);
   void (*step)(const StepParams& params, int64_t first, int64_t last);
   void (*chain)(const ChainParams& params, int64_t first, int64_t last);
+  void (*loss)(const LossParams& params, int64_t first, int64_t last);
+  void (*loss_results)(const LossParams& params);  // after loss of all blocks
+  void (*loss_grad)(const LossParams& params, int64_t first, int64_t last);
+  void (*bits)(const BitsParams& params, int64_t first, int64_t last);
+  void (*bits_bound)(const BitsBoundParams& params, int64_t first, int64_t last);
+  void (*bits_bound_sum)(const BitsBoundParams& params, int64_t first, int64_t last);  // samples
+  void (*bits_bound_grad)(const BitsBoundParams& params, int64_t first, int64_t last);
   // Pairs of words to pairs of normals; for tests of the edge cases that no counter reaches.
   void (*box_muller)(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n);
 };

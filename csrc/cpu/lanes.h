@@ -200,18 +200,30 @@ struct Lanes {
 #endif
 };
 
-// The policy of exp.h for the arithmetic type T.
+// The policy of exp.h, log.h and loss.h for the arithmetic type T.
 template <class T>
 struct MathLanes;
 template <>
-struct MathLanes<float> : Lanes {};
+struct MathLanes<float> : Lanes {
+  using T = float;
+};
 template <>
 struct MathLanes<double> {
+  using T = double;
   using F = Vector<double, kLanes<double>>;
   using U = Vector<uint64_t, kLanes<double>>;
   static FD_HD U bits(F value) { return (U)value; }
   static FD_HD F from_bits(U value) { return (F)value; }
   static FD_HD F splat(double value) { return broadcast<F>(value); }
+#if defined(FD_AVX512)
+  static FD_HD F sqrt(F x) { return (F)_mm512_sqrt_pd((__m512d)x); }
+#elif defined(__AVX2__)
+  static FD_HD F sqrt(F x) { return (F)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+  static FD_HD F sqrt(F x) { return (F)_mm_sqrt_pd((__m128d)x); }
+#else
+  static FD_HD F sqrt(F x) { return F{std::sqrt(x[0]), std::sqrt(x[1])}; }
+#endif
 };
 
 }  // namespace fastdiff::FASTDIFF_ISA

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../include/exp.h"
-#include "randn.h"
+#include "sources.h"
 #include "sums.h"
 
 namespace fastdiff::FASTDIFF_ISA {
@@ -18,10 +18,7 @@ namespace fastdiff::FASTDIFF_ISA {
 // first-level cache.
 template <class T>
 struct StepScratch {
-  struct alignas(64) Tail {
-    char bytes[Group<T>::kSize * 8];
-  };
-  Tail tail_in[kMaxColumns + 2], tail_out[kMaxOutputs + 2];
+  Tail<T> tail_in[kMaxColumns + 2], tail_out[kMaxOutputs + 2];
   alignas(64) float noise[kMaxDraws][kBlock + 48];
   alignas(64) T clamped[kBlock + 16], scale[kBlock + 16];
   alignas(64) char staged[kMaxOutputs][(kBlock + 48) * 8], input[kBlock * 8];
@@ -37,18 +34,19 @@ template <class T>
 class StepKernel {
  public:
   StepKernel(const StepParams& p, StepScratch<T>& scratch) : p_(p), scratch_(scratch) {
-    for (int k = 0; k < p.states; ++k) connect(kState + k, p.state[k], p.n, 0);
+    for (int k = 0; k < p.states; ++k) sources_[kState + k].connect(p.state[k], p.n, 0);
     const int64_t model_stride = p.learned ? 2 * p.n : p.n;
     for (int k = 0; k < p.model_outputs; ++k)
-      connect(kModel + k, p.model_output[k], model_stride, 0);
-    if (p.learned) connect(kVariance, p.model_output[p.model_outputs - 1], model_stride, p.n);
+      sources_[kModel + k].connect(p.model_output[k], model_stride, 0);
+    if (p.learned)
+      sources_[kVariance].connect(p.model_output[p.model_outputs - 1], model_stride, p.n);
     sources_[kClamped].here = place(scratch.clamped);
     for (int k = 0; k < p.draws; ++k) {
       if (p.seeded)
         sources_[kNoise + k].here = {reinterpret_cast<char*>(scratch.noise[k]),
                                      noise_storage(p.noise_dtype)};
       else
-        connect(kNoise + k, p.noise[k], p.n, 0);
+        sources_[kNoise + k].connect(p.noise[k], p.n, 0);
     }
   }
 
@@ -115,22 +113,6 @@ class StepKernel {
   static constexpr int kState = 0, kModel = kMaxStates, kVariance = kModel + 2,
                        kClamped = kVariance + 1, kNoise = kClamped + 1,
                        kSources = kNoise + kMaxDraws;
-
-  struct Source {
-    const char* data = nullptr;        // element 0 of sample 0; null: made block by block
-    int64_t size, sample_size, first;  // bytes of an element; elements between samples, before ours
-    Place here{};                      // the current block
-    bool used = false;                 // by this sample
-  };
-
-  void connect(int k, const Operand& operand, int64_t sample_size, int64_t first) {
-    Source& source = sources_[k];
-    source.data = static_cast<const char*>(operand.data);
-    source.size = size_of(operand.dtype);
-    source.sample_size = sample_size;
-    source.first = first;
-    source.here.dtype = operand.dtype;
-  }
 
   static Place place(float* data) { return {reinterpret_cast<char*>(data), DType::f32}; }
   static Place place(double* data) { return {reinterpret_cast<char*>(data), DType::f64}; }
@@ -256,7 +238,9 @@ class StepKernel {
     const int64_t element = sample_ * p_.n + begin;
     Ahead ahead;
     for (int k = 0; k < kNoise + (p_.seeded ? 0 : p_.draws); ++k)
-      if (sources_[k].used && sources_[k].data) find(k, begin, count, tail, ahead);
+      if (sources_[k].used && sources_[k].data)
+        sources_[k].template find<T>(sample_, begin, count,
+                                     tail ? scratch_.tail_in[k].bytes : nullptr, ahead);
     for (int r = 0; r < p_.outputs; ++r)
       ahead.add(at(p_.out[r], element), size_of(p_.out[r].dtype));
     for (int k = 0; k < p_.draws; ++k) {
@@ -290,20 +274,6 @@ class StepKernel {
     return static_cast<size_t>(count * size_of(dtype));
   }
 
-  // Points source k at elements begin.. of the sample, in memory or in a padded copy.
-  void find(int k, int64_t begin, int64_t count, bool tail, Ahead& ahead) {
-    Source& source = sources_[k];
-    const int64_t element = sample_ * source.sample_size + source.first + begin;
-    source.here.data = const_cast<char*>(source.data) + element * source.size;
-    if (!tail) return ahead.add(source.here.data, source.size);
-    char* copy = scratch_.tail_in[k].bytes;
-    const int64_t used = count * source.size, end = kGroup * source.size;
-    for (int64_t i = used / kRegisterBytes * kRegisterBytes; i < end; i += kRegisterBytes)
-      store_vector(copy + i, Lanes::U{});
-    memcpy(copy, source.here.data, static_cast<size_t>(used));
-    source.here.data = copy;
-  }
-
   void make_scale(int64_t padded) {
     using V = typename Group<T>::V;
     for (int64_t i = 0; i < padded; i += kGroup) {
@@ -313,10 +283,7 @@ class StepKernel {
       for (int u = 0; u < kUnroll; ++u) {
         const V f = v.v[u] * static_cast<T>(0.5) + static_cast<T>(0.5);
         const V exponent = f * log_high_ + (static_cast<T>(1) - f) * log_low_;
-        if constexpr (std::is_same_v<T, double>)
-          v.v[u] = exp_f64<MathLanes<T>>(exponent);
-        else
-          v.v[u] = exp_f32<MathLanes<T>>(exponent);
+        v.v[u] = exp_of<MathLanes<T>>(exponent);
       }
       store_group(scratch_.scale + i, v);
     }

@@ -1,11 +1,18 @@
 // Stand-ins for what nvcc knows, so that g++ compiles kernels.cu and the CPU runs it:
 //     g++ -x c++ -DFASTDIFF_CUDA_HOST -include csrc/cuda/host.h csrc/cuda/kernels.cu
-// A launch becomes a loop over blocks and threads. Kernels with barriers or shared memory would
-// not survive that; these have none. It checks indexing, arithmetic and aliasing, not races.
+// A launch becomes a loop over blocks and threads; where threads wait for each other they are
+// fibers that take turns. It checks indexing, arithmetic, aliasing and that all threads reach a
+// barrier, not races.
 #pragma once
+
+#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -13,6 +20,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y, z;
@@ -104,4 +112,124 @@ inline void fd_launch_on_host(dim3 grid, dim3 block, const Args&... args) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
         for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
           for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kKernel(args...);
+}
+
+// ---- threads that wait for each other
+
+// The threads of one block. A fiber runs until it waits or ends; then the next one has its turn.
+class FdBlock {
+ public:
+  template <class Run>
+  void run(dim3 block, Run run_thread) {
+    const unsigned count = block.x * block.y * block.z;
+    fibers_.resize(count);
+    warps_.assign(count / 32, {});
+    together_ = {};
+    for (auto& values : exchanged) values.assign(count, 0.0f);
+    body_ = [](void* run) { (*static_cast<Run*>(run))(); };
+    argument_ = &run_thread;
+    for (Fiber& fiber : fibers_) start(fiber);
+    for (unsigned left = count; left > 0;) {
+      moved_ = false;
+      for (current_ = 0; current_ < count; ++current_) {
+        Fiber& fiber = fibers_[current_];
+        if (fiber.ended) continue;
+        threadIdx.x = current_ % block.x;
+        threadIdx.y = current_ / block.x;
+        swapcontext(&home_, &fiber.context);
+        if (fiber.ended) {
+          moved_ = true;
+          --left;
+        }
+      }
+      if (!moved_) {
+        std::fprintf(stderr, "threads wait for one that does not come: %s\n", fd_launched);
+        std::abort();
+      }
+    }
+  }
+
+  void wait_for_block() { wait(together_, static_cast<unsigned>(fibers_.size())); }
+  void wait_for_warp() { wait(warps_[current_ / 32], 32); }
+  unsigned current() const { return current_; }
+
+  // 0 and 1 by turns, of the current thread.
+  unsigned turn() { return fibers_[current_].turn ^= 1; }
+
+  std::vector<float> exchanged[2];  // of each thread
+
+ private:
+  static constexpr size_t kStack = 256 * 1024;
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool ended = false;
+    unsigned turn = 0;
+  };
+  struct Barrier {
+    unsigned arrived = 0, generation = 0;
+  };
+
+  static FdBlock*& running() {
+    static thread_local FdBlock* block = nullptr;
+    return block;
+  }
+  static void enter() {
+    FdBlock& block = *running();
+    block.body_(block.argument_);
+    block.fibers_[block.current_].ended = true;
+  }
+  void start(Fiber& fiber) {
+    running() = this;
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &home_;
+    fiber.ended = false;
+    fiber.turn = 0;
+    makecontext(&fiber.context, &enter, 0);
+  }
+  void wait(Barrier& barrier, unsigned members) {
+    const unsigned generation = barrier.generation;
+    moved_ = true;
+    if (++barrier.arrived == members) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+    }
+    while (barrier.generation == generation) swapcontext(&fibers_[current_].context, &home_);
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<Barrier> warps_;
+  Barrier together_;
+  ucontext_t home_;
+  unsigned current_ = 0;
+  bool moved_ = false;
+  void (*body_)(void*) = nullptr;
+  void* argument_ = nullptr;
+};
+inline thread_local FdBlock fd_block;
+
+inline void __syncthreads() { fd_block.wait_for_block(); }
+
+// Values go through one of two places by turns: whoever writes to one has passed the wait after
+// which the others read what was there before.
+inline float __shfl_xor_sync(unsigned, float value, int distance) {
+  const unsigned place = fd_block.turn();
+  fd_block.exchanged[place][fd_block.current()] = value;
+  fd_block.wait_for_warp();
+  return fd_block.exchanged[place][fd_block.current() ^ static_cast<unsigned>(distance)];
+}
+
+// A launch of a kernel whose threads wait for each other.
+template <auto kKernel, class... Args>
+inline void fd_launch_fibers_on_host(dim3 grid, dim3 block, const Args&... args) {
+  fd_launched = __PRETTY_FUNCTION__;
+  gridDim = grid;
+  blockDim = block;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        fd_block.run(block, [&] { kKernel(args...); });
 }

@@ -136,18 +136,13 @@ inline const Policy& current_policy(int& multiprocessors) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Small samples share a block (its y); large ones are cut into tiles. Once there are two for every
-// place on the GPU a thread works through several, so many that the last wave of blocks is full
-// too.
-inline Grid make_grid(int64_t batch, int64_t n, int width) {
+// For `rows` times `tiles` blocks of work, each for `threads`. Once there are two for every place
+// on the GPU a block works through several, so many that the last wave of blocks is full too.
+inline Grid tiled_grid(int64_t tiles, int64_t rows, dim3 threads) {
   int multiprocessors = 1;
   const Policy& policy = current_policy(multiprocessors);
-  int across = kWarp;
-  while (across < kThreads && static_cast<int64_t>(across) * width < n) across *= 2;
-  const int samples = kThreads / across;
-  const int64_t tiles = ceil_div(n, static_cast<int64_t>(across) * width);
-  const int64_t rows = ceil_div(batch, samples);
-  const int64_t resident = static_cast<int64_t>(multiprocessors) * policy.resident_blocks;
+  const int64_t places = policy.resident_blocks * kThreads / (threads.x * threads.y);
+  const int64_t resident = multiprocessors * places;
   const int64_t rows_y = rows < kMaxRows ? rows : kMaxRows;
   int64_t loops = 1;
   if (tiles * rows >= 2 * resident) {
@@ -157,8 +152,17 @@ inline Grid make_grid(int64_t batch, int64_t n, int width) {
   Grid grid;
   grid.blocks = dim3(static_cast<unsigned>(ceil_div(tiles, loops)), static_cast<unsigned>(rows_y),
                      static_cast<unsigned>(ceil_div(rows, rows_y)));
-  grid.threads = dim3(across, samples);
+  grid.threads = threads;
   return grid;
+}
+
+// Small samples share a block (its y); large ones are cut into tiles.
+inline Grid make_grid(int64_t batch, int64_t n, int width) {
+  int across = kWarp;
+  while (across < kThreads && static_cast<int64_t>(across) * width < n) across *= 2;
+  const int samples = kThreads / across;
+  const int64_t tiles = ceil_div(n, static_cast<int64_t>(across) * width);
+  return tiled_grid(tiles, ceil_div(batch, samples), dim3(across, samples));
 }
 
 }  // namespace fastdiff

@@ -10,7 +10,8 @@
 
 namespace fastdiff {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+// u8: bits alone (fastdiff/ops/bits.py) are stored so.
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, u8 = 4 };
 
 // Storage types: distinct, so that templates can tell them from integers.
 struct bf16_t {

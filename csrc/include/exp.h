@@ -34,4 +34,13 @@ FD_HD typename L::F exp_f64(typename L::F x) {
   return p * L::from_bits((L::bits(shifted) + 1023u) << 52);
 }
 
+// Of either type.
+template <class L>
+FD_HD typename L::F exp_of(typename L::F x) {
+  if constexpr (std::is_same_v<typename L::T, double>)
+    return exp_f64<L>(x);
+  else
+    return exp_f32<L>(x);
+}
+
 }  // namespace fastdiff

@@ -5,7 +5,9 @@
 //   W  carrier of a Philox word; its bits above 32 are unspecified    mulhilo, word
 //   U  uint32 lanes   I  int32 lanes   F  float32 lanes               as_int, to_float, bits,
 //                                                                      from_bits, sqrt, splat
-// and its types have the operators of the scalar types (GCC vector extensions do).
+// and its types have the operators of the scalar types (GCC vector extensions do). exp.h, log.h and
+// loss.h ask for less: T, the type of one lane of F, which may be double, and of the above F, U,
+// bits, from_bits, splat, sqrt, for float also I, as_int and to_float.
 #pragma once
 
 #include "portability.h"
@@ -17,6 +19,7 @@
 namespace fastdiff {
 
 struct Scalar {
+  using T = float;
   using W = uint32_t;
   using U = uint32_t;
   using I = int32_t;
@@ -83,18 +86,25 @@ FD_HD F horner(F x, C c0, C c1, Rest... rest) {
   return horner(x, c1, rest...) * x + c0;
 }
 
-// Two words to two normals.
+// -2 log x of a normal positive number.
 template <class L>
-FD_HD void box_muller(typename L::U a, typename L::U b, typename L::F& z0, typename L::F& z1) {
+FD_HD typename L::F minus_twice_log(typename L::F x) {
   using F = typename L::F;
   using U = typename L::U;
-  const F u = L::to_float(L::as_int(a >> 1)) * 0x1p-31f + 0x1p-32f;
-  const U ix = L::bits(u) - 0x3f2aaaabu;
+  const U ix = L::bits(x) - 0x3f2aaaabu;
   const F e = L::to_float(L::as_int(ix) >> 23);
   const F t = L::from_bits((ix & 0x7fffffu) + 0x3f2aaaabu) - 1.0f;
   const F log_t = horner(t, -0x1.fffffap+0f, 0x1.fffffap-1f, -0x1.5561cep-1f, 0x1.000b8ep-1f,
                          -0x1.955da4p-2f, 0x1.5163f4p-2f, -0x1.5e9f40p-2f, 0x1.352e20p-2f);
-  const F r = L::sqrt(e * -0x1.62e430p+0f + log_t * t);
+  return e * -0x1.62e430p+0f + log_t * t;
+}
+
+// Two words to two normals.
+template <class L>
+FD_HD void box_muller(typename L::U a, typename L::U b, typename L::F& z0, typename L::F& z1) {
+  using F = typename L::F;
+  const F u = L::to_float(L::as_int(a >> 1)) * 0x1p-31f + 0x1p-32f;
+  const F r = L::sqrt(minus_twice_log<L>(u));
   const F y = L::to_float(L::as_int(b << 2)) * 0x1p-31f;
   const F y2 = y * y;
   F s = horner(y2, 0x1.921fb6p-1f, -0x1.4abbecp-4f, 0x1.466b22p-9f, -0x1.2f5a1cp-15f) * y;

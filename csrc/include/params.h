@@ -65,10 +65,83 @@ struct ChainParams {
   bool fast;
 };
 
+constexpr int kPiece = 1024;  // elements whose sum is one entry of `partials`
+
+// Of `loss` and `loss_grad`; the masks and flags are those of LossSpec.
+struct LossParams {
+  int64_t batch, n;
+  int32_t model_outputs;  // 1 or 2: [o] or [o_uncond, o_cond]; 2 n elements a sample when learned
+  int32_t terms;          // LossTerm bits (loss.h)
+  int32_t error;          // over [x, y, o, c, z]
+  int32_t bound;          // over [x, y, o, c]
+  int32_t clamp;          // over [y, o]; -1: no c
+  int32_t rho;            // Rho (loss.h)
+  bool density, learned, frozen, makes, fast;
+  bool seeded;  // z is made; where it is not, and noise.data is null, there is none
+  DType noise_dtype;
+  Operand model_output[2];
+  Operand x, y, noise;  // data null: not an input
+  const void* table;    // (table_rows, kLossColumns)
+  DType table_dtype;    // f32 or f64: also the type of the arithmetic, results and gradients
+  int64_t table_rows;
+  const int64_t* rows;  // entry b at rows[b * rows_stride]
+  int64_t rows_stride;  // 1, or 0: one row for the whole batch
+  const int64_t* keys;  // as in StepParams
+  int64_t seed, sample_offset, step, stream;
+  const float* guidance_scale;
+  int64_t guidance_stride;
+  // loss
+  void* results;   // (K, B), K the terms there are
+  void* partials;  // (K, B, pieces): memory for the sums over pieces of kPiece elements
+  int64_t pieces;  // at least 1
+  Operand made;    // x where it is made
+  // loss_grad
+  const void* results_grad;  // (K, B)
+  Operand grad[2];           // of the shape of each model output
+};
+
+// Of `bits`; of fastdiff/ops/bits.py like the next.
+struct BitsParams {
+  int64_t batch, n;
+  Operand logits, x;  // data null: not an input
+  Operand out;        // may be u8, as x
+  const void* table;  // (table_rows, table_width)
+  DType table_dtype;  // f32 or f64: also the type of the arithmetic
+  int64_t table_rows, table_width;
+  const int64_t* rows;  // as in StepParams, and keys
+  int64_t rows_stride;
+  const int64_t* keys;
+  int64_t seed, sample_offset, step, stream;
+};
+
+// Of `bits_bound` and `bits_bound_grad`.
+struct BitsBoundParams {
+  int64_t batch, n;
+  bool mixture;
+  Operand logits, x_t, x_start;  // the bits may be u8
+  const void* table;             // (table_rows, table_width)
+  DType table_dtype;
+  int64_t table_rows, table_width;
+  const int64_t* rows;
+  int64_t rows_stride;
+  // bits_bound
+  void* results;           // (B,)
+  void* partials;          // (B, partial_stride): memory for the sums of parts of a sample
+  int64_t partial_stride;  // at least the sum over k > 0 of ceil(n / 32^k)
+  // bits_bound_grad
+  const void* gradients;  // (B,)
+  Operand gradient;       // of the shape of the logits
+};
+
 // Supplied by csrc/cpu/dispatch.cpp or csrc/cuda/kernels.cu, whichever the library is linked with.
 // stream is a cudaStream_t (null on the CPU). Returns 0, or the cudaError_t of the launch.
 int launch_randn(const RandnParams& params, void* stream);
 int launch_step(const StepParams& params, void* stream);
 int launch_chain(const ChainParams& params, void* stream);
+int launch_bits(const BitsParams& params, void* stream);
+int launch_bits_bound(const BitsBoundParams& params, void* stream);
+int launch_bits_bound_grad(const BitsBoundParams& params, void* stream);
+int launch_loss(const LossParams& params, void* stream);
+int launch_loss_grad(const LossParams& params, void* stream);
 
 }  // namespace fastdiff

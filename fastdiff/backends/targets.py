@@ -90,7 +90,7 @@ def cpu_target() -> Target:
         flags=(*_HOST_FLAGS, *have),
         link_flags=_LINK_FLAGS,
         label="native CPU library",
-        seconds=10,
+        seconds=20,
     )
 
 
@@ -128,7 +128,7 @@ def cuda_target(archs: Sequence[str] | None = None) -> Target:
         ),
         compiler="nvcc",
         label=f"native CUDA library for {', '.join('sm_' + number for number in numbers)}",
-        seconds=15 + 5 * len(numbers),
+        seconds=30 + 8 * len(numbers),
     )
 
 
@@ -145,7 +145,7 @@ def cuda_host_target() -> Target:
         flags=_HOST_FLAGS,
         link_flags=_LINK_FLAGS,
         label="CUDA library that runs on the host",
-        seconds=10,
+        seconds=20,
     )
 
 

@@ -74,9 +74,13 @@ def _has_python_headers() -> bool:
 @functools.cache
 def prepare(op: str) -> Callable[..., Any]:
     """What turns the arguments of an operation into its Launch; see kernels/."""
-    from fastdiff.kernels import chain, randn, step
+    from fastdiff.kernels import bits, chain, loss, randn, step
 
-    return {"chain": chain.prepare, "randn": randn.prepare, "step": step.prepare}[op]
+    return {
+        "bits": bits.prepare, "bits_bound": bits.prepare_bound,
+        "bits_bound_grad": bits.prepare_bound_grad, "chain": chain.prepare, "loss": loss.prepare,
+        "loss_grad": loss.prepare_grad, "randn": randn.prepare, "step": step.prepare,
+    }[op]  # fmt: skip
 
 
 def _on_gpu(op: str) -> Callable[..., None]:

@@ -4,6 +4,7 @@ schemas.py     the operations, defined alike for every backend
 randn.py step.py chain.py    the reference of each (kernels/ and csrc/ have files of those names)
 checks.py      refusals of user input
 call.py        memory, layout, gradient and backend of one call
+call_loss.py   the same of a loss
 held.py        device tables, made once
 tables.py      step tables of the forward operations
 draw.py        randn, as users call it

@@ -198,30 +198,32 @@ def resolve_seed(
 
 
 def resolve_rows(
-    t: int | Tensor, count: int, batch: int, device: torch.device, check: bool
+    t: int | Tensor, count: int, batch: int, device: torch.device, check: bool, name: str = "t"
 ) -> Tensor:
-    """`t` as int64 (B,) or (1,) on the device.
+    """`t` as int64 (B,) or (1,) on the device; refusals call it `name`.
 
     An out-of-range t is refused where it can be read without waiting: an int, or a CPU tensor. On
     a GPU it gives NaN for its sample; check=True synchronizes and raises instead.
     """
     if isinstance(t, Tensor):
         if t.dtype not in _INTEGER:
-            raise TypeError(f"t must be an integer tensor, not {t.dtype}")
+            raise TypeError(f"{name} must be an integer tensor, not {t.dtype}")
         if t.dim() > 1 or t.numel() not in (1, batch):
-            raise ValueError(f"t must have shape ({batch},) or (1,), not {tuple(t.shape)}")
+            raise ValueError(f"{name} must have shape ({batch},) or (1,), not {tuple(t.shape)}")
         plain = type(t) is Tensor or isinstance(t, torch.nn.Parameter)  # a FakeTensor has no values
         readable = plain and t.device.type == "cpu" and not torch.compiler.is_compiling()
         if (readable or check) and t.device.type != "meta":
             low, high = (t, t) if t.numel() == 1 else torch.aminmax(t)
             if int(low) < 0 or int(high) >= count:
-                raise ValueError(f"t must be in [0, {count}), but has {int(low)} to {int(high)}")
+                raise ValueError(
+                    f"{name} must be in [0, {count}), but has {int(low)} to {int(high)}"
+                )
         if t.dim() == 1 and t.dtype == torch.int64 and t.device == device:
             return t.contiguous()
         return t.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
-    t = check_int("t", t, "an int or an integer tensor")
+    t = check_int(name, t, "an int or an integer tensor")
     if not 0 <= t < count:
-        raise ValueError(f"t must be in [0, {count}), not {t}")
+        raise ValueError(f"{name} must be in [0, {count}), not {t}")
     if torch.compiler.is_compiling():
         return torch.full((1,), t, dtype=torch.int64, device=device)
     return held("", index_views, count, device)[2 * t : 2 * t + 1]  # no launch, unlike torch.full

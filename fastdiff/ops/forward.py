@@ -307,10 +307,8 @@ def q_mean_variance(
         [x_start], StepSpec(states=1, outputs=(1,)), table_of(schedule, "mean", x_start), rows,
         out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
-    return (
-        mean,
-        *per_sample(schedule, ("variance", "log_variance"), rows, x_start),
-    )
+    variance, log_variance = per_sample(schedule, ("variance", "log_variance"), rows, x_start)
+    return mean, variance, log_variance
 
 
 _POSTERIOR = StepSpec(states=2, outputs=(3,))
@@ -352,7 +350,7 @@ def q_posterior_mean_variance(
         table_of(schedule, "posterior", x_t), rows,
         out_dtypes=[x_t.dtype], out=None if out is None else [out], backend=backend,
     )[0]  # fmt: skip
-    return (
-        mean,
-        *per_sample(schedule, ("posterior_variance", "posterior_log_variance_clipped"), rows, x_t),
+    variance, log_variance = per_sample(
+        schedule, ("posterior_variance", "posterior_log_variance_clipped"), rows, x_t
     )
+    return mean, variance, log_variance

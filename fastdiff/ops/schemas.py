@@ -38,6 +38,28 @@ SCHEMAS = {
         "(Tensor[] inputs, Tensor(a!)[] outputs, str layout, SymInt seed, SymInt sample_offset, "
         "SymInt step, SymInt stream) -> ()"
     ),
+    # Per-sample losses and bounds, ops/loss.py, whose loss_arguments() makes these:
+    # inputs   model outputs.., x, y, noise.., table, rows, keys and guidance_scale, as there are
+    # outputs  results (K, B), partial sums (K, B, P), and x where it is made
+    "loss": (
+        "(Tensor[] inputs, Tensor(a!)[] outputs, str layout, SymInt seed, SymInt sample_offset, "
+        "SymInt step, SymInt stream) -> ()"
+    ),
+    # The derivative of `loss` by its model outputs; inputs end with the gradients (K, B), outputs
+    # are one tensor for each model output.
+    "loss_grad": (
+        "(Tensor[] inputs, Tensor(a!)[] outputs, str layout, SymInt seed, SymInt sample_offset, "
+        "SymInt step, SymInt stream) -> ()"
+    ),
+    # Bits of the binomial process, ops/bits.py: bits_arguments() and bits_bound_arguments().
+    # bits             inputs logits, x, table, rows and keys, as there are; outputs the bits
+    # bits_bound       inputs logits, x_t, x_start, table, rows; outputs results (B,), partial sums
+    # bits_bound_grad  inputs the same and gradients (B,); outputs the derivative by the logits
+    **dict.fromkeys(
+        ("bits", "bits_bound", "bits_bound_grad"),
+        "(Tensor[] inputs, Tensor(a!)[] outputs, str layout, SymInt seed, SymInt sample_offset, "
+        "SymInt step, SymInt stream) -> ()",
+    ),
     # The forward chain q(x_{1:T} | x_0), ops/chain.py.
     "chain": (
         "(Tensor x_start, Tensor? noise, Tensor table, Tensor slots, Tensor? keys, SymInt seed, "

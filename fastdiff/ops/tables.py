@@ -54,21 +54,20 @@ def table_of(schedule: Schedule, kind: str, like: Tensor) -> Tensor:
 
 
 def per_sample(
-    schedule: Schedule, names: tuple[str, str], rows: Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """schedule.<name>[t] for both names as a view of the shape of `like`; NaN where t is out of
+    schedule: Schedule, names: tuple[str, ...], rows: Tensor, like: Tensor
+) -> tuple[Tensor, ...]:
+    """schedule.<name>[t] for each name as a view of the shape of `like`; NaN where t is out of
     range."""
     values = held(schedule.fingerprint, _uploaded_values, schedule, names, like.device, like.dtype)
     picked = values.index_select(0, rows.clamp(-1, values.shape[0] - 2) + 1)
     ones = [1] * (like.dim() - 1)
-    first, second = picked.view(-1, 2, *ones).expand(like.shape[0], 2, *like.shape[1:]).unbind(1)
-    return first, second
+    return picked.view(-1, len(names), *ones).expand(like.shape[0], -1, *like.shape[1:]).unbind(1)
 
 
 def _uploaded_values(
-    schedule: Schedule, names: tuple[str, str], device: torch.device, dtype: torch.dtype
+    schedule: Schedule, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(T + 2, 2): a column per name between two rows of NaN, those before and after every t."""
+    """(T + 2, K): a column per name between two rows of NaN, those before and after every t."""
     table = np.full((schedule.num_timesteps + 2, len(names)), np.nan)
     for k, name in enumerate(names):
         table[1:-1, k] = _values(schedule, name)

@@ -1,0 +1,154 @@
+"""One call of the fused loss: where memory comes from, layout, gradient, backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastdiff.backends import operation
+from fastdiff.ops.call import compute_dtype, differentiated, row_major, written
+from fastdiff.ops.loss import LossSpec, loss_arguments, loss_values, parse, partial_count, unpack
+
+__all__ = ["call_loss"]
+
+Counter = tuple[int, int, int, int]
+
+
+class _Loss(torch.autograd.Function):
+    """Forward on the chosen backend. Backward likewise, in one pass that makes seeded noise again,
+    when only model outputs need a gradient; else the definition is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layout: str, counter: Counter, backend: str | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.layout, ctx.counter, ctx.backend = layout, counter, backend
+        ctx.save_for_backward(*inputs)
+        return _run(inputs, layout, counter, backend)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        count, needed = int(ctx.layout[0]), ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or any(needed[count:]):
+            found = _definition_grad(ctx, gradient)
+        else:
+            found = _run_grad(ctx.saved_tensors, gradient, ctx.layout, ctx.counter, ctx.backend)
+            found += [None] * (len(needed) - count)
+        return None, None, None, *found
+
+
+def _definition_grad(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
+    """The derivative by every input, of the definition; differentiable with create_graph=True."""
+    again = torch.is_grad_enabled()
+    saved = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+    # Views, so that gradients stop here and do not run on along paths between the inputs.
+    leaves = [v.view_as(v) if again else v.detach().requires_grad_(wanted) for v, wanted in saved]
+    with torch.enable_grad():
+        results = _definition(leaves, ctx.layout, ctx.counter)
+    found = iter(
+        torch.autograd.grad(
+            [results], [leaf for leaf in leaves if leaf.requires_grad], [gradient],
+            allow_unused=True, create_graph=again,
+        )
+    )  # fmt: skip
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _definition(inputs: Sequence[Tensor], layout: str, counter: Counter) -> Tensor:
+    parsed = parse(layout)
+    given = unpack(inputs, parsed)
+    return loss_values(
+        given.model_outputs, given.x, given.y, given.noise, given.table, given.rows, given.keys,
+        given.guidance_scale, parsed.spec, counter,
+    )[0]  # fmt: skip
+
+
+def _run(
+    inputs: Sequence[Tensor],
+    layout: str,
+    counter: Counter,
+    backend: str | None,
+    made: Tensor | None = None,
+) -> Tensor:
+    first, spec = inputs[0], parse(layout).spec
+    given = [tensor.contiguous() for tensor in inputs]
+    dtype, batch = compute_dtype(first.dtype), first.shape[0]
+    results = torch.empty((spec.count, batch), dtype=dtype, device=first.device)
+    pieces = partial_count(first.numel() // batch // (2 if spec.learned else 1))
+    outputs = [results, results.new_empty((spec.count, batch, pieces))]
+    if made is not None:
+        outputs.append(made if made.is_contiguous() else row_major(made))
+    operation("loss", first.device, dtype, backend)(given, outputs, layout, *counter)
+    if made is not None:
+        if outputs[2] is not made:
+            made.copy_(outputs[2])
+        written([made])
+    return results
+
+
+def _run_grad(
+    inputs: Sequence[Tensor], gradient: Tensor, layout: str, counter: Counter, backend: str | None
+) -> list[Tensor | None]:
+    first, count = inputs[0], int(layout[0])
+    given = [tensor.contiguous() for tensor in (*inputs, gradient)]
+    results = [torch.empty_like(output) for output in inputs[:count]]
+    targets = [r if r.is_contiguous() else row_major(r) for r in results]
+    operation("loss_grad", first.device, gradient.dtype, backend)(given, targets, layout, *counter)
+    for result, target in zip(results, targets, strict=True):
+        if result is not target:
+            result.copy_(target)
+    return list(results)
+
+
+def call_loss(
+    spec: LossSpec,
+    model_outputs: Sequence[Tensor],
+    x: Tensor | None,
+    y: Tensor | None,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    noise: Sequence[Tensor] = (),
+    keys: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    counter: Counter = (0, 0, 0, 0),
+    made: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Runs the fused loss on checked arguments: (K, B) of the table's dtype.
+
+    Differentiable with respect to model outputs, x, y, noise tensors and guidance scale, in
+    reverse mode once by a fused pass where model outputs alone need it, and any number of times
+    and forward by the definition.
+
+    Args:
+        model_outputs, x, y, table, rows, noise, keys, guidance_scale: see loss_values. x and y are
+            ignored where the spec does not read them, keys where it makes no noise.
+        counter: (seed, sample_offset, step, stream).
+        made: the tensor (B, ...) that takes x where the spec makes it; the call then carries no
+            gradient.
+    """
+    if noise or not spec.draws:
+        keys = None
+    inputs, _, layout, *_ = loss_arguments(
+        spec, (), model_outputs, x if spec.reads_x else None, y if spec.reads_y else None, table,
+        rows, noise=noise if spec.draws else (), keys=keys, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    if made is not None or not differentiated(inputs):
+        return _run(inputs, layout, counter, backend, made)
+    if forward_ad._current_level >= 0:
+        return _definition(inputs, layout, counter)
+    if torch.compiler.is_compiling():
+        if any(tensor.requires_grad for tensor in inputs[len(model_outputs) :]):
+            return _definition(inputs, layout, counter)
+        # Dynamo refuses the same tensor twice.
+        inputs = [
+            tensor.view_as(tensor) if any(tensor is other for other in inputs[:k]) else tensor
+            for k, tensor in enumerate(inputs)
+        ]
+    result: Tensor = _Loss.apply(layout, counter, backend, *inputs)
+    return result

@@ -8,7 +8,17 @@ x = fd.sample(model, plan, shape=(16, 3, 64, 64), seed=0)
 
 __version__ = "0.1.0"
 
-from fastdiff import backends, integrations, noise, ops, schedules, solvers, tracing
+from fastdiff import (
+    backends,
+    binomial,
+    integrations,
+    noise,
+    ops,
+    schedules,
+    solvers,
+    tracing,
+    training,
+)  # fmt: skip
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.capture import CapturedLoop
 from fastdiff.engine import Sampler, StepState, sample
@@ -36,6 +46,7 @@ __all__ = [
     "SolverPlan",
     "StepState",
     "backends",
+    "binomial",
     "ddim_sample",
     "integrations",
     "noise",
@@ -53,5 +64,6 @@ __all__ = [
     "solvers",
     "trace",
     "tracing",
+    "training",
     "use_backend",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import operation
+from fastdiff.density import check_has_density, density_spec, density_table
 from fastdiff.noise import STREAM_STEP_SECOND, sample_keys
 from fastdiff.ops.call import (
     call_step,
@@ -17,6 +18,7 @@ from fastdiff.ops.call import (
     drawn_from,
     written,
 )
+from fastdiff.ops.call_loss import call_loss
 from fastdiff.ops.checks import FLOATING, check_floating, check_like, check_sample, resolve_seed
 from fastdiff.ops.corrector import corrector_table, seeded_draws
 from fastdiff.ops.quantile import threshold_of
@@ -56,6 +58,7 @@ class Run:
             next step may overwrite: clone what you keep.
         index: row of the coming call; `done` when all rows have run.
         x_start: the denoised preview of the last step when started with preview=True.
+        log_prob: the log-density (B,) of the last step when it was asked for, else None.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Run:
         self.plan = plan
         self.index = 0
         self.x_start: Tensor | None = None
+        self.log_prob: Tensor | None = None
         self._preview, self._borrow, self._backend = preview, borrow, backend
         batch, device = x.shape[0], x.device
         self._dtype = (dtype if borrow else None) or x.dtype
@@ -237,6 +241,7 @@ class Run:
         noise: Sequence[Tensor] | None = None,
         result_dtype: torch.dtype | None = None,
         preview_dtype: torch.dtype | None = None,
+        log_prob: bool = False,
         **inputs: Tensor,
     ) -> Tensor:
         """Advances by one model call and returns the new sample.
@@ -250,6 +255,9 @@ class Run:
                 the row does not use are not read), instead of the run's source.
             result_dtype, preview_dtype: of the new sample and of x_start (default: the run's);
                 float64 in a float64 run only.
+            log_prob: leave log p(x_next | x) in `log_prob`, the bits of fastdiff.training.log_prob;
+                made in the same pass as the new sample where the variance is fixed and neither a
+                preview nor a gradient is wanted. In its gradient the new sample counts as given.
             inputs: the plan's own inputs, by name, (B, ...).
 
         Raises:
@@ -260,6 +268,8 @@ class Run:
         if self.done:
             raise ValueError(f"the run is done: all {self.plan.rows} model calls have been stepped")
         self._check_output(output)
+        if log_prob:
+            check_has_density(self.plan)
         states = self._states
         if x is not None or inputs or self.plan.inputs:
             states = self._given(x, inputs)
@@ -273,9 +283,53 @@ class Run:
             draws = self._given_draws(noise)
         elif not seeded:
             draws = self._draw(i, output)
-        return self.advance(
-            output, states, draws, seeded, result_dtype or self._dtype, preview_dtype or self._dtype
+        dtypes = result_dtype or self._dtype, preview_dtype or self._dtype
+        self.log_prob = None
+        if log_prob:
+            return self._advance_with_density(output, states[0], draws, seeded, *dtypes)
+        return self.advance(output, states, draws, seeded, *dtypes)
+
+    def _advance_with_density(
+        self,
+        output: Tensor,
+        x: Tensor,
+        draws: list[Tensor],
+        seeded: bool,
+        result_dtype: torch.dtype,
+        preview_dtype: torch.dtype,
+    ) -> Tensor:
+        """advance(), and log_prob of what it makes."""
+        i, plan, guidance = self.index, self.plan, self._guidance
+        if self._writes_to(output):
+            output = output.clone()
+        halves = [output] if guidance is None else list(output.split(self._batch))
+        scales = () if guidance is None else (guidance,)
+        table = density_table(
+            plan, x.numel() // self._batch, False, self._device, compute_dtype(self._dtype)
         )
+        makes = not (plan.learned or self._preview) and bool(plan.draws_noise[i, 0])
+        if not makes or differentiated((x,), halves, draws, scales):
+            before = x.clone() if self._mode.in_place else x
+            result = self.advance(output, [x], draws, seeded, result_dtype, preview_dtype)
+            self.log_prob = call_loss(
+                density_spec(plan, i), halves, result.detach(), before, table, self._tables.rows[i],
+                guidance_scale=guidance, backend=self._backend,
+            )[0]  # fmt: skip
+            return result
+        like = self._specs[self._calls[i].variant]
+        step, stream = plan.draws[i, 0].tolist()
+        result = torch.empty_like(x, dtype=result_dtype, memory_format=torch.contiguous_format)
+        self.log_prob = call_loss(
+            density_spec(plan, i, True, like.noise_dtype, like.fast), halves, None, x, table,
+            self._tables.rows[i], noise=draws, keys=self._keys if seeded else None,
+            guidance_scale=guidance, counter=(0, 0, step, stream), made=result,
+            backend=self._backend,
+        )[0]  # fmt: skip
+        self._states, self.index = [result], i + 1
+        if self._input is not None:
+            copies = self._input.shape[0] // self._batch
+            self._input = self._scaled_input(self._input.dtype, copies)
+        return result
 
     def advance(
         self,

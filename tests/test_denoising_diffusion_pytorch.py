@@ -145,6 +145,23 @@ def test_losses_and_gradients_are_upstreams(objective, options):
     torch.testing.assert_close(got_gradient, gradient, rtol=2e-5, atol=2e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_of_every_sample_are_upstreams(objective, dtype):
+    plain = make(objective=objective, timesteps=50, min_snr_loss_weight=True)
+    plain.model.to(dtype)
+    x, t = torch.rand(SHAPE).to(dtype), torch.tensor([0, 49, 13])
+    noise = torch.randn(SHAPE).to(dtype)
+    want, got = (
+        d.p_losses(x, t, noise=noise.clone(), offset_noise_strength=0.0, loss_reduction="none")
+        for d in (plain, accelerate(plain))
+    )
+    assert got.dtype == want.dtype and got.shape == (3,)
+    # Upstream's float32 buffers enter both; sums and squares of float32 round differently.
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_predictions_and_moments_are_upstreams_at_mixed_t(objective, clip):
@@ -254,7 +271,10 @@ def test_copies_and_saved_modules_stay_fast():
 
 
 class Launches(TorchDispatchMode):
-    FREE = ("detach", "select", "slice", "view", "empty", "alias", "unsqueeze", "expand", "split")
+    FREE = (
+        "detach", "select", "slice", "view", "empty", "new_empty", "alias", "unsqueeze", "expand",
+        "split",
+    )  # fmt: skip
 
     def __init__(self):
         super().__init__()
@@ -294,6 +314,20 @@ def test_a_step_is_one_launch_and_the_draw(objective):
         counts.append(collections.Counter(counted.names))
     assert counts[1] - counts[0] == dict(step=1, randn_like=1)  # what one more step takes
     assert counts[0]["step"] == 9 and counts[0]["randn_like"] == 8
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_is_one_launch_the_draw_x_t_and_the_weight(objective):
+    model = Still()
+    model.answer = torch.zeros(SHAPE)
+    fused = accelerate(ddp.GaussianDiffusion(
+        model, image_size=SHAPE[2:], timesteps=50, objective=objective,
+    ))  # fmt: skip
+    x, t = torch.rand(SHAPE), torch.tensor([0, 49, 13])
+    fused.p_losses(x, t)
+    with Launches() as counted:
+        fused.p_losses(x, t, loss_reduction="none")
+    assert counted.names == ["randn_like", "step", "loss", "gather", "mul.Tensor"]
 
 
 def test_overridden_methods_keep_upstreams_loops():

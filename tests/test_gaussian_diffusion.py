@@ -310,9 +310,12 @@ def test_a_cond_fn_that_draws_draws_in_upstreams_order(kind, first):
 
 
 class Launches(TorchDispatchMode):
-    """Names of the dispatched operations but views and allocations."""
+    """Names of the dispatched operations that do something: no views, no allocations."""
 
-    FREE = ("detach", "select", "slice", "view", "expand", "empty", "alias", "split")
+    FREE = (
+        "detach", "select", "slice", "view", "expand", "empty", "new_empty", "alias", "split",
+        "unbind", "promote_types",
+    )  # fmt: skip
 
     def __init__(self):
         super().__init__()
@@ -678,6 +681,87 @@ def test_training_losses_are_the_papers(mean, variance, loss):
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("loss", list(gd.LossType), ids=name_of)
+@pytest.mark.parametrize("variance", [SMALL, RANGE], ids=name_of)
+def test_a_loss_is_one_launch_beside_the_draw_and_x_t(variance, loss):
+    diffusion = Paper(30, None, EPSILON, variance).diffusion(loss)
+    channels = 4 if variance is RANGE else 2
+    model, x0, t = (
+        Fixed(torch.zeros(3, channels, 4, 5)),
+        torch.zeros(SHAPE),
+        torch.tensor([0, 9, 4]),
+    )
+    diffusion.training_losses(model, x0, t)
+    with Launches() as counted:
+        diffusion.training_losses(model, x0, t)
+    parts = ["add.Tensor"] if variance is RANGE and not loss.is_vb() else []
+    assert sorted(counted.names) == [*parts, "loss", "randn_like", "step"]
+
+
+@pytest.mark.parametrize("loss", list(gd.LossType), ids=name_of)
+@pytest.mark.parametrize("variance", VARIANCES, ids=name_of)
+@pytest.mark.parametrize("mean", MEANS, ids=name_of)
+def test_losses_have_the_papers_gradients(mean, variance, loss):
+    """By the model's output, in the fused pass, and by x_0, through x_t and the target."""
+    paper = Paper(30, None, mean, variance)
+    generator = torch.Generator().manual_seed(6)
+    x0 = torch.rand(SHAPE, generator=generator, dtype=torch.float64) * 1.8 - 0.9
+    noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    channels = 4 if "LEARNED" in variance.name else 2
+    t = torch.tensor([0, 11, 29])
+    # Near the data, as differences of the plain CDF lose digits in its tails.
+    output = paper.output(paper.at("alpha", t) * x0 + paper.at("sigma", t) * noise, t)
+    output = output + 0.02 * torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+
+    def papers(output, x0):
+        x_t = paper.at("alpha", t) * x0 + paper.at("sigma", t) * noise
+        frozen = output
+        if not loss.is_vb() and channels == 4:
+            frozen = torch.cat([output[:, :2].detach(), output[:, 2:]], dim=1)
+        bound = hybrid(paper, frozen, x0, x_t, t)
+        if loss.is_vb():
+            return bound * (30 if loss is gd.LossType.RESCALED_KL else 1)
+        target = {
+            EPSILON: noise, START_X: x0,
+            PREVIOUS_X: paper.at("c1", t) * x0 + paper.at("c2", t) * x_t,
+        }[mean]  # fmt: skip
+        mse = ((target - output[:, :2]) ** 2).mean(dim=(1, 2, 3))
+        scale = 30 / 1000 if loss is gd.LossType.RESCALED_MSE else 1.0
+        return mse + scale * bound if channels == 4 else mse
+
+    def ours(output, x0):
+        diffusion = paper.diffusion(loss)
+        return diffusion.training_losses(Fixed(output), x0, t, noise=noise)["loss"]
+
+    for wanted in ((True, False), (True, True)):
+        found = []
+        for losses in (ours, papers):
+            given = [v.clone().requires_grad_(w) for v, w in zip((output, x0), wanted, strict=True)]
+            leaves = [v for v in given if v.requires_grad]
+            total = (losses(*given) * weights).sum()
+            found.append(torch.autograd.grad(total, leaves, allow_unused=True))
+        for got, want in zip(*found, strict=True):
+            if want is None:
+                assert got is None or (got == 0).all()
+            else:
+                # x_0 of x_t and x_0 itself cancel, to rounding of terms of size 1.
+                torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-12)
+
+
+def test_half_precision_losses_have_upstreams_dtypes():
+    """A squared error has the dtype of its tensors; tables lift what meets them to float32."""
+    x0, t = torch.zeros(SHAPE, dtype=torch.bfloat16), torch.tensor([0, 11, 29])
+    for mean, mse in ((EPSILON, torch.bfloat16), (START_X, torch.bfloat16),
+                      (PREVIOUS_X, torch.float32)):  # fmt: skip
+        diffusion = Paper(30, None, mean, RANGE).diffusion()
+        output = torch.zeros(3, 4, 4, 5, dtype=torch.bfloat16)
+        terms = diffusion.training_losses(Fixed(output), x0, t)
+        assert {name: value.dtype for name, value in terms.items()} == {
+            "mse": mse, "vb": torch.float32, "loss": torch.float32,
+        }  # fmt: skip
+
+
 def test_samples_of_one_number_have_losses_of_their_own():
     diffusion = Paper(12).diffusion()
     x0, noise, t = torch.rand(3), torch.randn(3), torch.tensor([0, 5, 11])
@@ -725,6 +809,38 @@ def test_calc_bpd_loop_sums_the_papers_bound():
     )  # fmt: skip
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("name", ["_vb_terms_bpd", "p_mean_variance"])
+@pytest.mark.parametrize("loss", [gd.LossType.RESCALED_MSE, gd.LossType.RESCALED_KL], ids=name_of)
+def test_losses_of_subclasses_are_composed_of_their_methods(loss, name):
+    calls = []
+
+    def override(self, *args, **kwargs):
+        calls.append(name)
+        return getattr(gd.GaussianDiffusion, name)(self, *args, **kwargs)
+
+    whole = Paper(12, None, EPSILON, RANGE)
+    own = type("Own", (gd.GaussianDiffusion,), {name: override})
+    diffusions = [
+        kind(betas=whole.train_betas, model_mean_type=EPSILON, model_var_type=RANGE, loss_type=loss)
+        for kind in (own, gd.GaussianDiffusion)
+    ]
+    x0 = torch.rand(SHAPE, dtype=torch.float64)
+    noise, t = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([0, 5, 11])
+    got, want = (
+        diffusion.training_losses(whole.output, x0, t, noise=noise) for diffusion in diffusions
+    )
+    assert calls == [name] and got.keys() == want.keys()
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=0)
+    torch.manual_seed(0)
+    got = diffusions[0].calc_bpd_loop(whole.output, x0)
+    torch.manual_seed(0)
+    want = diffusions[1].calc_bpd_loop(whole.output, x0)
+    assert len(calls) == 13
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12)
 
 
 def test_normal_kl_and_discretized_likelihood():

@@ -34,6 +34,7 @@ _STANDS_FOR: dict[str, tuple[str, ...]] = {
     "predict_start_from_v": (),
     "q_posterior": (),
     "q_sample": (),
+    "p_losses": ("predict_v",),
     "model_predictions": _PREDICTIONS,
     "p_mean_variance": (*_PREDICTIONS, "q_posterior"),
     "p_sample": (*_PREDICTIONS, "q_posterior", "p_mean_variance"),
@@ -47,7 +48,7 @@ def accelerate(diffusion: M) -> M:
     The result shares all state with `diffusion` (parameters, buffers, attributes): it is the same
     module seen through a subclass of its class, with that class's name, state_dict and results to
     float32 rounding, and the same random draws. q_sample, q_posterior, predict_*, p_mean_variance,
-    model_predictions, p_sample and ddim_sample are fused, and so are the loops, losses and
+    model_predictions, p_sample, ddim_sample and p_losses are fused, and so are the loops and
     interpolation that call them; the rest, and what a subclass overrides, is upstream's code.
     Coefficients are upstream's buffers; where those change (load_state_dict, to), tables follow.
 

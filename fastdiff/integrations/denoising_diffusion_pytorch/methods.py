@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.integrations.gaussian_diffusion.arguments import check_shaped, check_t
 from fastdiff.ops.call import call_step, compute_dtype
+from fastdiff.ops.call_loss import call_loss
 from fastdiff.ops.checks import FLOATING, index_views
 from fastdiff.ops.held import held
 
@@ -19,6 +20,7 @@ from .tables import (
     ancestral_step,
     ddim_pairs,
     ddim_step,
+    loss_pass,
     mean_step,
     pair_step,
     predictions_step,
@@ -101,6 +103,19 @@ def _kept_dtype(module: Any, output: Tensor) -> torch.dtype | None:
     return output.dtype if module.objective == "pred_x0" else None
 
 
+def _error(module: Any, output: Tensor, x_start: Tensor, noise: Tensor, rows: Tensor) -> Tensor:
+    """The mean squared error of a model's output, (B,), in one pass."""
+    targets = {"pred_noise": [noise], "pred_x0": [x_start], "pred_v": [x_start, noise]}
+    result = _promoted(module, output, *targets[module.objective])
+    compute = compute_dtype(result)
+    elements = x_start.numel() // x_start.shape[0]
+    spec, table = tables_of(module).step(loss_pass, module.objective, elements, dtype=compute)
+    if compute == torch.float64:
+        output, x_start, noise = output.double(), x_start.double(), noise.double()
+    loss = call_loss(spec, [output], x_start, None, table, rows, noise=[noise])
+    return loss[0].to(result)
+
+
 class Fused:
     """The methods, copied into the subclass one by one; `self` is upstream's GaussianDiffusion."""
 
@@ -145,6 +160,37 @@ class Fused:
         elif not _fusable(self, t, x_start, noise):
             return self._upstream.q_sample(self, x_start, t, noise)
         return _pair(self, "q_sample", t, x_start, noise)
+
+    def p_losses(
+        self: Any,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        given = [x_start] if noise is None else [x_start, noise]
+        if not _fusable(self, t, *given) or x_start.dim() != 4 or x_start.numel() == 0:
+            return self._upstream.p_losses(
+                self, x_start, t, noise, offset_noise_strength, loss_reduction
+            )
+        rows = check_t("x_start", x_start, t, self.num_timesteps)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        strength = offset_noise_strength
+        strength = self.offset_noise_strength if strength is None else strength
+        if strength > 0.0:
+            offset = torch.randn(x_start.shape[:2], device=self.device)
+            noise += strength * offset[:, :, None, None]
+        x = self.q_sample(x_start=x_start, t=t, noise=noise)
+        x_self_cond = None
+        if self.self_condition and sys.modules[MODULE].random() < 0.5:
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(x, t).pred_x_start
+        output = _called(self, x, t, x_self_cond)
+        loss = _error(self, output, x_start, noise, rows)
+        loss = loss * _extract(self.loss_weight, t, loss)
+        return loss if loss_reduction == "none" else loss.mean()
 
     def model_predictions(
         self: Any,

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from fastdiff.integrations.gaussian_diffusion.tables import Form, add_forms, pack_forms
 from fastdiff.ops.held import lasting
+from fastdiff.ops.loss import ERROR, LossSpec
 from fastdiff.ops.step import StepSpec
+from fastdiff.training.tables import pack_columns, target_mask
 
 __all__ = [
-    "Make", "ancestral_step", "ddim_pairs", "ddim_step", "mean_step", "pair_step",
+    "Make", "ancestral_step", "ddim_pairs", "ddim_step", "loss_pass", "mean_step", "pair_step",
     "predictions_step", "tables_of",
 ]  # fmt: skip
 
 # The buffers in float64 on the host, a row per t.
 Values = dict[str, np.ndarray]
-Make = Callable[..., tuple[StepSpec, np.ndarray]]
+Make = Callable[..., tuple[Any, np.ndarray]]
 
 # The buffers that steps are made of.
 _BUFFERS = (
@@ -41,13 +43,13 @@ class _Tables:
         with lasting():
             host = torch.stack([b.detach().double() for b in buffers]).cpu().numpy()
         self.values: dict[str, np.ndarray] = dict(zip(_BUFFERS, host, strict=True))
-        self.specs: dict[tuple[Any, ...], tuple[StepSpec, Tensor]] = {}
+        self.specs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
 
     def current(self, buffers: list[Tensor]) -> bool:
         same = all(a is b for a, b in zip(self.buffers, buffers, strict=True))
         return same and self.versions == _versions(buffers)
 
-    def step(self, make: Make, *key: Any, dtype: torch.dtype) -> tuple[StepSpec, Tensor]:
+    def step(self, make: Make, *key: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
         """make(values, *key), its table on the device; made once."""
         found = self.specs.get((make, key, dtype))
         if found is None:
@@ -160,3 +162,16 @@ def ddim_step(
         (sigma, {"z": np.ones_like(sigma)}),
     )
     return pack_forms(["x"], [sample, x_start], clamp)
+
+
+def loss_pass(values: Values, objective: str, elements: int) -> tuple[LossSpec, np.ndarray]:
+    """The mean squared error of the model's output, before its weight."""
+    a, s = values["sqrt_alphas_cumprod"], values["sqrt_one_minus_alphas_cumprod"]
+    targets: dict[str, tuple[str, dict[str, np.ndarray | float]]] = {
+        "pred_noise": ("epsilon", {"e_z": 1.0}),
+        "pred_x0": ("sample", {"e_x": 1.0}),
+        "pred_v": ("v_prediction", {"e_x": -s, "e_z": a}),
+    }
+    name, target = targets[objective]
+    columns = {**target, "e_o": -1.0, "error_scale": 1.0 / elements}
+    return LossSpec(ERROR, error=target_mask(name)), pack_columns(a.size, columns)

@@ -212,10 +212,8 @@ class Process:
         """
         rows = self._rows("x_start", x_start, t)
         mean = self._forward("mean", 1, [x_start], rows)
-        return (
-            mean,
-            *per_sample(self._chain, ("variance", "log_variance"), rows, mean),
-        )
+        variance, log_variance = per_sample(self._chain, ("variance", "log_variance"), rows, mean)
+        return mean, variance, log_variance
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
@@ -241,12 +239,10 @@ class Process:
         rows = self._rows("x_t", x_t, t)
         check_shaped("x_start", x_start, "x_t", x_t)
         mean = self._forward("posterior", 3, [x_start, x_t], rows)
-        return (
-            mean,
-            *per_sample(
-                self._chain, ("posterior_variance", "posterior_log_variance_clipped"), rows, mean
-            ),
+        variance, log_variance = per_sample(
+            self._chain, ("posterior_variance", "posterior_log_variance_clipped"), rows, mean
         )
+        return mean, variance, log_variance
 
     # Predictions.
 

@@ -36,9 +36,9 @@ class Request(NamedTuple):
 
     Attributes:
         kind: "p" and "ddim" give (sample, x_start), "reverse" the same towards noise, "mean" gives
-            (mean, x_start) of p(x_{t-1} | x_t), "x_start" gives x_0 before any hook, "score" gives
-            (x_start, mean) after condition_score, "eps" the noise between x and h, "shift" gives
-            exp(log-variance) g of a learned variance, "z" the noise of a seed.
+            (mean, x_start) of p(x_{t-1} | x_t), "x_start" gives x_0, which no hook has seen,
+            "score" gives (x_start, mean) after condition_score, "eps" the noise between x and h,
+            "shift" gives exp(log-variance) g of a learned variance, "z" the noise of a seed.
         mean, variance: what the model's output is.
         clip: clamp x_0 to [-1, 1].
         hooked: x_0 is h, not made from o.
@@ -133,7 +133,7 @@ def _outputs(schedule: NoiseSchedule, request: Request) -> tuple[list[Form], For
         return [{"x": 1.0 / sigma, "h": -alpha / sigma}], None
     before = _x_start(schedule, request)
     if request.kind == "x_start":
-        return [before], None
+        return ([{"c": one}], before) if request.clip else ([before], None)
     x_start: Form = {"c": one} if request.clip else before
     # condition_score: eps - sigma_t g moves x_0 by sigma_t^2 / alpha_t g, which is not clamped.
     if request.guided and request.kind in ("ddim", "score"):

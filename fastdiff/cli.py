@@ -18,8 +18,9 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff import pictures
-from fastdiff.files import check_writable
-from fastdiff.models import digits
+from fastdiff.models import digits, train_command
+from fastdiff.models.trainer import Interrupted
+from fastdiff.options import UsageError, integer, output_file, real
 from fastdiff.profiling import bench_command
 from fastdiff.profiling import command as profile_command
 from fastdiff.selftest import command as selftest
@@ -36,37 +37,7 @@ _SAMPLER_STEPS = {"ddim": 50, "ddpm": 250}  # and what --steps is unless given
 _MOST_FRAMES = 60  # of an animation; longer runs are thinned
 
 
-class _UsageError(Exception):
-    """A wrong option that argparse alone does not see."""
-
-
 # Options
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {value}")
-        return value
-
-    return parse
-
-
-def _real(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not low <= value <= high:  # refuses NaN as well
-            raise argparse.ArgumentTypeError(f"must be in [{low:g}, {high:g}], got {text}")
-        return value
-
-    return parse
 
 
 def _classes(text: str) -> tuple[int, ...]:
@@ -100,15 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _sample_options(sample.add_argument)
     sample.set_defaults(run=_sample)
 
-    train = commands.add_parser("train", help="train the shipped model again")
-    what = train.add_subparsers(dest="what", metavar="what", required=True)
-    train_digits = what.add_parser(
-        "digits",
-        help="handwritten digits, 8x8",
-        description="Train the digits model. The same seed gives the same weights.",
-    )
-    _train_options(train_digits.add_argument)
-    train_digits.set_defaults(run=_train_digits)
+    train = commands.add_parser("train", help="train the shipped model again, or another example")
+    train_command.add_commands(train)
+    train.set_defaults(run=train_command.command)
 
     info = commands.add_parser("info", help="what is available on this machine, and why not more")
     info.set_defaults(run=_info)
@@ -162,9 +127,9 @@ def _sample_options(add: Callable[..., object]) -> None:
     steps = ", ".join(f"{steps} for {name}" for name, steps in _SAMPLER_STEPS.items())
     default = "(default: %(default)s)"
     add("--sampler", choices=tuple(_SAMPLER_STEPS), default="ddim", help=f"the sampler {default}")
-    option("--steps", "N", f"model calls (default: {steps})", type=_integer(1, digits.TIMESTEPS))
-    option("--eta", "X", "noise of DDIM: 0 none, 1 as much as DDPM (default: 0)", type=_real(0, 1))
-    option("--seed", "N", f"of all the noise {default}", type=_integer(0, 2**64 - 1), default=0)
+    option("--steps", "N", f"model calls (default: {steps})", type=integer(1, digits.TIMESTEPS))
+    option("--eta", "X", "noise of DDIM: 0 none, 1 as much as DDPM (default: 0)", type=real(0, 1))
+    option("--seed", "N", f"of all the noise {default}", type=integer(0, 2**64 - 1), default=0)
     option(
         "--class",
         "DIGITS",
@@ -177,10 +142,10 @@ def _sample_options(add: Callable[..., object]) -> None:
         "--guidance",
         "X",
         f"classifier-free guidance scale; 1 is none, and half the work {default}",
-        type=_real(0, 100),
+        type=real(0, 100),
         default=digits.GUIDANCE_SCALE,
     )
-    option("--count", "N", f"pictures of each digit {default}", type=_integer(1, 100), default=8)
+    option("--count", "N", f"pictures of each digit {default}", type=integer(1, 100), default=8)
     backends = ("auto", *fd.backends.names())
     add("--backend", choices=backends, default="auto", help=f"who runs the steps {default}")
     option("--device", "DEVICE", "cpu or cuda (default: a GPU if there is one)", default="auto")
@@ -195,26 +160,6 @@ def _sample_options(add: Callable[..., object]) -> None:
     )
 
 
-def _train_options(add: Callable[..., object]) -> None:
-    config, default = digits.TrainConfig(), "(default: %(default)s)"
-    name = digits.WEIGHTS.name
-    add("--out", metavar="FILE.safetensors", default=name, help=f"the weights {default}")
-    number = {"metavar": "N", "type": _integer(1, 10**7), "default": config.steps}
-    add("--steps", help=f"training iterations {default}", **number)
-    number = {"metavar": "N", "type": _integer(0, 2**63 - 1), "default": config.seed}
-    add("--seed", help=f"of the first weights, the order and the noise {default}", **number)
-
-
-def _file(option: str, text: str, suffix: str) -> Path:
-    """The path, if it ends as it should and can be written."""
-    if Path(text).suffix.lower() != suffix:
-        raise _UsageError(f"argument {option}: must end in {suffix}, got {text!r}")
-    try:
-        return check_writable(text, option)
-    except ValueError as error:
-        raise _UsageError(f"argument {error}") from None
-
-
 def _device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -223,9 +168,9 @@ def _device(text: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise _UsageError(f"argument --device: {text!r} is not there: {reason}") from None
+        raise UsageError(f"argument --device: {text!r} is not there: {reason}") from None
     if device.type not in ("cpu", "cuda"):
-        raise _UsageError(f"argument --device: must be cpu or cuda, got {text!r}")
+        raise UsageError(f"argument --device: must be cpu or cuda, got {text!r}")
     return device
 
 
@@ -290,17 +235,19 @@ def _frames_shown(steps: int) -> set[int]:
 def _sample(options: argparse.Namespace) -> int:
     steps = options.steps or _SAMPLER_STEPS[options.sampler]
     if options.sampler != "ddim" and options.eta is not None:
-        raise _UsageError(f"argument --eta: only ddim has it, not {options.sampler}")
-    out = _file("--out", options.out, ".png")
+        raise UsageError(f"argument --eta: only ddim has it, not {options.sampler}")
+    out = output_file("--out", options.out, ".png")
     animation: Path | None = None
     if options.animate is not None:
-        animation = _file("--animate", options.animate or str(out.with_suffix(".gif")), ".gif")
+        animation = output_file(
+            "--animate", options.animate or str(out.with_suffix(".gif")), ".gif"
+        )
     device = _device(options.device)
     pictures.require_pillow()
     try:
         model = digits.load(options.weights or digits.WEIGHTS, device)
     except (FileNotFoundError, ValueError) as error:
-        raise _UsageError(f"argument --weights: {error}") from None
+        raise UsageError(f"argument --weights: {error}") from None
 
     labels = torch.tensor(options.classes, device=device).repeat_interleave(options.count)
     denoise = digits.conditional(model, labels)
@@ -342,7 +289,7 @@ def _sample(options: argparse.Namespace) -> int:
         try:
             backend = fd.backends.select(device, torch.float32)  # builds the native one if need be
         except (fd.backends.BackendError, ValueError) as error:
-            raise _UsageError(f"argument --backend: {error}") from None
+            raise UsageError(f"argument --backend: {error}") from None
         # The first call of a kernel and of a model costs more than the others: not of this run.
         run(denoise, steps=min(2, steps))
         callback = draw_frame if animation else None
@@ -361,28 +308,7 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
-# train, info, build
-
-
-def _train_digits(options: argparse.Namespace) -> int:
-    out = _file("--out", options.out, ".safetensors")
-    config = digits.TrainConfig(steps=options.steps, seed=options.seed)
-    terminal = sys.stderr.isatty()
-    last = digits.TrainState(0, config.steps, 0.0)
-
-    def tenths(state: digits.TrainState) -> None:
-        nonlocal last
-        last = state
-        if not terminal and state.step * 10 // state.steps > (state.step - 1) * 10 // state.steps:
-            text = f"training {state.step}/{state.steps} loss {state.loss:.4f}"
-            print(text, file=sys.stderr, flush=True)
-
-    begin = time.perf_counter()
-    digits.train(config, out=out, progress=terminal, callback=tenths)
-    seconds = time.perf_counter() - begin
-    print(f"wrote     {out}: {out.stat().st_size / 1e6:.2f} MB")
-    print(f"training  {config.steps} iterations in {seconds:.0f} s, loss {last.loss:.4f}")
-    return 0
+# info, build
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -399,7 +325,7 @@ def _build(options: argparse.Namespace) -> int:
         try:
             fd.backends.build.cuda_archs(archs)
         except fd.backends.build.BuildError as error:
-            raise _UsageError(f"argument --cuda-archs: {error}") from None
+            raise UsageError(f"argument --cuda-archs: {error}") from None
     build = fd.backends.native.build
     for path in build(force=options.force, verbose=options.verbose, archs=archs):
         print(path)
@@ -410,14 +336,14 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         return bench_command.command(options)
     except bench_command.UsageError as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _profile(options: argparse.Namespace) -> int:
     try:
         return profile_command.command(options)
     except profile_command.UsageError as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _selftest(options: argparse.Namespace) -> int:
@@ -426,7 +352,7 @@ def _selftest(options: argparse.Namespace) -> int:
         if options.out or options.gpu:
             out = selftest.results_folder(options.out or selftest.GPU_FOLDER)
     except ValueError as error:
-        raise _UsageError(f"argument {error}") from None
+        raise UsageError(f"argument {error}") from None
     return selftest.selftest(options.gpu, options.minutes, out)
 
 
@@ -444,9 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"fastdiff {options.command}"
     try:
         return options.run(options)
-    except _UsageError as error:
+    except UsageError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:  # says where training stopped, and how it goes on
+        print(f"{name}: {error}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

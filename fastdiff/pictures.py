@@ -1,4 +1,4 @@
-"""Pictures of samples: a labelled grid as PNG, and the making of it as an animated GIF.
+"""Pictures of samples: a labelled grid as PNG, the making of it as an animated GIF; loss curves.
 
 Every row of the grid is one class, every pixel of a sample a crisp square. Pillow draws; it is
 imported when something is drawn, so that the rest of fastdiff works without it.
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import write_atomic
+from fastdiff.profiling.roofline import require_matplotlib
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-__all__ = ["Grid", "draw_grid", "require_pillow", "save_gif", "save_png"]
+__all__ = ["Grid", "draw_grid", "require_pillow", "save_curve", "save_gif", "save_png"]
 
 _PAGE, _TEXT, _FAINT = 255, 30, 120  # grey levels
 _PAPER = 243  # where a sample is -1; +1 is drawn in the colour of the text
@@ -171,4 +172,43 @@ def save_gif(
         duration=[each] * (len(frames) - 1) + [round(hold * 1000)],
         loop=0,
     )
+    return write_atomic(path, buffer.getvalue())
+
+
+def save_curve(
+    losses: Sequence[float], means: Sequence[float], path: str | os.PathLike[str], title: str = ""
+) -> Path:
+    """Draw the loss of every iteration and its running mean as PNG, whole or not at all.
+
+    The scale is logarithmic where all losses are positive. matplotlib draws.
+
+    Args:
+        losses: at least one.
+        means: as many.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; says what to install.
+        ValueError: no losses, or not as many means.
+    """
+    if not losses or len(means) != len(losses):
+        raise ValueError(
+            f"a curve needs losses and as many means, got {len(losses)} and {len(means)}"
+        )
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#56B4E9", linewidth=0.4, alpha=0.7, label="of an iteration")
+    axes.plot(steps, means, color="#0072B2", linewidth=1.5, label="running mean")
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="iteration", ylabel="loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
     return write_atomic(path, buffer.getvalue())

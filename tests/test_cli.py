@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff import cli, pictures
-from fastdiff.models import digits
+from fastdiff.models import digits, digits_training, heartbeat, train_command
 
 Image = pytest.importorskip("PIL.Image")
 ImageChops = pytest.importorskip("PIL.ImageChops")
@@ -260,13 +262,15 @@ def test_missing_scikit_learn_is_named(capsys, monkeypatch):
 # the others
 
 
-def test_training_writes_weights_that_sample_reads(own_folder, capsys):
+def test_training_writes_weights_that_sample_reads(own_folder, capsys, monkeypatch):
     pytest.importorskip("sklearn")
+    monkeypatch.setattr(digits_training.Digits, "report", lambda self, model: {"accuracy": 0.125})
     words = ["train", "digits", "--steps", "10", "--seed", "3", "--out", "own.safetensors"]
     assert cli.main(words) == 0
     said = capsys.readouterr()
     assert "own.safetensors" in said.out
     assert "10 iterations" in said.out
+    assert "accuracy                0.1250" in said.out
     about = digits.metadata("own.safetensors")
     assert about["command"] == "fastdiff train digits --steps 10 --seed 3"
     assert cli.main(["sample", *QUICK, "--weights", "own.safetensors"]) == 0
@@ -283,15 +287,95 @@ def test_training_writes_weights_that_sample_reads(own_folder, capsys):
         (["digits", "--seed", "x"], "argument --seed: must be an integer, got 'x'"),
         (["digits", "--out", "absent/w.safetensors"], "its folder absent does not exist"),
         (["digits", "--out", "w.pt"], "argument --out: must end in .safetensors, got 'w.pt'"),
+        (["ncsn", "--threads", "0"], "argument --threads: must be in [1, 1024], got 0"),
+        (["ncsn", "--checkpoint-every", "0"], "argument --checkpoint-every: must be in [1,"),
+        (["heartbeat", "--curve", "c.pdf"], "argument --curve: must end in .png, got 'c.pdf'"),
+        (["swiss_roll", "--curve", "absent/c.png"], "its folder absent does not exist"),
     ],
 )
 def test_wrong_training_options_are_named(capsys, monkeypatch, words, message):
     def never(*args, **keywords):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(digits, "train", never)
+    monkeypatch.setattr(train_command, "fit", never)
     assert cli.main(["train", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_heartbeat(monkeypatch):
+    """The smallest problem, and a report that takes no time."""
+    monkeypatch.setattr(heartbeat.Heartbeat, "report", lambda self, model: {"bound, bits": 2.5})
+    return ["train", "heartbeat", "--steps", "12", "--checkpoint-every", "5"]
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_gives_the_same_weights(
+    capsys, monkeypatch, own_folder, quick_heartbeat
+):
+    assert cli.main([*quick_heartbeat, "--out", "whole.safetensors"]) == 0
+    assert "bound, bits             2.5000" in capsys.readouterr().out
+    loss = heartbeat.Heartbeat.loss
+
+    def pressed(self, model, batch, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, model, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heartbeat.Heartbeat, "loss", pressed)
+        assert cli.main([*quick_heartbeat, "--out", "a b.safetensors"]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted after iteration 8 of 12, kept in a b.ckpt; go on with:" in said
+    assert not (own_folder / "a b.safetensors").exists()
+    # Not without being told to, and not as another run.
+    assert cli.main([*quick_heartbeat, "--out", "a b.safetensors"]) == 2
+    assert "stopped at iteration 8 of 12: resume it, or delete" in capsys.readouterr().err
+    assert cli.main([*quick_heartbeat, "--out", "a b.safetensors", "--resume", "--seed", "1"]) == 2
+    assert "fit.seed 0 there, 1 here" in capsys.readouterr().err
+
+    fastdiff, *words = shlex.split(said.splitlines()[-1])
+    assert (fastdiff, words[-1]) == ("fastdiff", "--resume")
+    assert cli.main(words) == 0
+    files = [(own_folder / name).read_bytes() for name in ("a b.safetensors", "whole.safetensors")]
+    assert files[0] == files[1]
+
+
+def test_resuming_what_was_not_begun_begins(capsys, own_folder, quick_heartbeat):
+    assert cli.main([*quick_heartbeat, "--resume"]) == 0
+    assert "there is no checkpoint heartbeat.ckpt yet: beginning" in capsys.readouterr().err
+    names = sorted(path.name for path in own_folder.iterdir())
+    assert names == ["heartbeat.ckpt", "heartbeat.safetensors"]
+
+
+def test_the_loss_is_drawn_where_matplotlib_is(capsys, monkeypatch, own_folder, quick_heartbeat):
+    pytest.importorskip("matplotlib")
+    assert cli.main([*quick_heartbeat, "--curve"]) == 0
+    assert "heartbeat.png: the loss" in capsys.readouterr().out
+    with Image.open("heartbeat.png") as picture:
+        assert picture.size == (840, 480)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([*quick_heartbeat, "--curve", "other.png"]) == 0
+    assert "curve     not drawn: pictures need matplotlib: pip" in capsys.readouterr().out
+    assert not (own_folder / "other.png").exists()
+
+
+def test_a_curve_is_of_the_losses(own_folder):
+    pytest.importorskip("matplotlib")
+    losses = [2.0 / (k + 1) for k in range(20)]
+    draws = {
+        "falling": (losses, losses), "rising": (losses[::-1], losses[::-1]),
+        "negative": ([-x for x in losses], [-x for x in losses]),
+    }  # fmt: skip
+    data = {
+        name: pictures.save_curve(*both, f"{name}.png", "a title").read_bytes()
+        for name, both in draws.items()
+    }
+    assert len(set(data.values())) == 3
+    again = pictures.save_curve(*draws["rising"], "again.png", "a title")
+    assert again.read_bytes() == data["rising"]
+    for wrong in ([], [1.0]):
+        with pytest.raises(ValueError, match=f"losses and as many means, got {len(wrong)} and 2"):
+            pictures.save_curve(wrong, [1.0, 1.0], "wrong.png")
 
 
 def test_version_and_help(capsys):

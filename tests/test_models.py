@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.models import digits
+from fastdiff.models import digits, digits_training
+from fastdiff.models.digits_training import Digits, DigitsConfig
+from fastdiff.models.problem import FitConfig
 from fastdiff.models.unet import UNet, UNetConfig, timestep_embedding
 
 pytest.importorskip("safetensors")
@@ -143,9 +146,9 @@ def test_shipped_weights_are_small_and_say_where_they_come_from():
     assert about["command"].startswith("fastdiff train digits")
     assert about["training"]["seed"] == 0
     # What the command would train today is what was trained.
-    steps, seed = about["training"]["steps"], about["training"]["seed"]
-    assert about["command"] == f"fastdiff train digits --steps {steps} --seed {seed}"
-    assert digits.TrainConfig(**about["training"]) == digits.TrainConfig()
+    today = digits_training.trained("digits", DigitsConfig(), [0.0])
+    for key in ("command", "training"):
+        assert about[key] == today[key]
 
 
 def test_shipped_model_is_ready_to_sample(model):
@@ -201,66 +204,131 @@ def test_data_are_the_1797_digits():
     assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
+def config(steps: int, batch_size: int, seed: int = 0, warmup: int = 5) -> DigitsConfig:
+    fit = FitConfig(steps=steps, seed=seed, warmup=warmup, weight_decay=0.01, ema_decay=0.999)
+    return DigitsConfig(batch_size=batch_size, model=SMALL, fit=fit)
+
+
 def test_same_seed_gives_the_same_weights(tmp_path):
-    config = digits.TrainConfig(steps=20, batch_size=32, warmup=5, model=SMALL)
     before = torch.random.get_rng_state()
-    first = digits.train(config, out=tmp_path / "first.safetensors")
+    first = digits_training.train(config(20, 32), out=tmp_path / "first.safetensors")
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is untouched
     torch.manual_seed(1234)
-    digits.train(config, out=tmp_path / "second.safetensors")
+    digits_training.train(config(20, 32), out=tmp_path / "second.safetensors")
     assert (tmp_path / "first.safetensors").read_bytes() == (
         tmp_path / "second.safetensors"
     ).read_bytes()
 
-    other = digits.train(digits.TrainConfig(**{**vars(config), "seed": 1}))
+    other = digits_training.train(config(20, 32, seed=1))
     for (name, a), b in zip(first.named_parameters(), other.parameters(), strict=True):
         assert not torch.equal(a, b) or name.startswith("norm"), name
 
 
 def test_training_lowers_the_loss():
     losses = []
-    digits.train(
-        digits.TrainConfig(steps=60, batch_size=64, warmup=10, model=SMALL),
-        callback=lambda state: losses.append((state.step, state.loss)),
+    digits_training.train(
+        config(60, 64, warmup=10), callback=lambda state: losses.append((state.step, state.loss))
     )
     assert [step for step, _ in losses] == list(range(1, 61))
     assert losses[0][1] == pytest.approx(1.0, abs=0.1)  # E noise^2: it predicts next to nothing
     assert losses[-1][1] < 0.8
 
 
-def test_training_noise_is_that_of_q_sample(monkeypatch):
-    calls = []
-    original = fd.q_sample
+def test_every_picture_is_seen_once_a_pass_and_labels_are_dropped_now_and_then():
+    pictures = torch.arange(40.0).view(40, 1, 1, 1).expand(40, *digits.SHAPE)
+    batches = digits_training.Batches((pictures, torch.arange(40) % 10), config(1, 8), 7)
+    drawn = [batches(step) for step in range(200)]
+    for first in range(0, 200, 5):
+        seen = torch.cat([batch.x_start[:, 0, 0, 0] for batch in drawn[first : first + 5]])
+        assert sorted(seen.tolist()) == list(range(40))
+    labels = torch.cat([batch.labels for batch in drawn])
+    pictured = torch.cat([batch.x_start[:, 0, 0, 0] for batch in drawn]).long() % 10
+    dropped = labels == SMALL.null_class
+    assert torch.equal(labels[~dropped], pictured[~dropped])
+    # 1600 draws of probability 0.1: 160 with a standard deviation of 12, seeded.
+    assert 110 < int(dropped.sum()) < 210
+    counts = torch.bincount(torch.cat([batch.t for batch in drawn]), minlength=7)
+    assert len(counts) == 7
+    assert int(counts.min()) > 160  # of 229, a deviation of 14
 
-    def spy(x_start, t, schedule, **keywords):
-        calls.append((t, keywords))
-        return original(x_start, t, schedule, **keywords)
 
-    monkeypatch.setattr(fd, "q_sample", spy)
-    digits.train(digits.TrainConfig(steps=3, batch_size=16, seed=5, model=SMALL))
-    assert [(k["seed"], k["step"]) for _, k in calls] == [(5, 0), (5, 1), (5, 2)]
-    assert all(int(t.min()) >= 0 and int(t.max()) < 1000 for t, _ in calls)
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_loss_and_its_gradient_are_those_of_the_noise(step):
+    """And bit for bit the gradient of torch's mean square: batch and picture are powers of two."""
+    problem, torch_loss = Digits(config(10, 32, seed=5)), torch.nn.functional.mse_loss
+    batch = problem.batch(step)
+    x_t, noise = fd.q_sample(
+        batch.x_start, batch.t, digits.schedule(), seed=5, step=step, return_noise=True
+    )
+    seen = []
+
+    def model(x, t, labels):
+        assert t is batch.t
+        assert labels is batch.labels
+        seen.append(x)
+        return output
+
+    output = (x_t * 0.3).requires_grad_(True)
+    losses = problem.loss(model, batch, step)
+    assert torch.equal(seen[0], x_t)
+    expected = (output.detach().double() - noise.double()).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.detach().double(), expected, rtol=1e-6, atol=0)
+    (fused,) = torch.autograd.grad(losses.mean(), output)
+    (plain,) = torch.autograd.grad(torch_loss(output, noise), output)
+    assert torch.equal(fused.view(torch.int32), plain.view(torch.int32))
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"label_dropout": 1.5}, r"label_dropout must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        digits.TrainConfig(**setting)
+        DigitsConfig(**setting)
 
 
 def test_place_for_the_weights_is_checked_before_training(tmp_path):
-    def never(state: digits.TrainState) -> None:
+    def never(state) -> None:
         raise AssertionError("training began")
 
     with pytest.raises(ValueError, match=r"out is .* does not exist"):
-        digits.train(out=tmp_path / "absent" / "w.safetensors", callback=never)
+        digits_training.train(out=tmp_path / "absent" / "w.safetensors", callback=never)
+
+
+def test_the_training_loop_of_the_readme_runs_and_learns():
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(import torch\n[^`]*fd\.training\.loss[^`]*)```", text)
+    assert "range(4000)" in code
+    # Shorter, with the loss of every iteration kept.
+    code = code.replace("range(4000)", "range(25)") + "    losses.append(loss.mean().item())\n"
+    losses: list[float] = []
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {"losses": losses})
+    assert len(losses) == 25
+    assert losses[0] == pytest.approx(1.0, abs=0.1)
+    assert sum(losses[-5:]) / 5 < 0.75
+
+
+def test_an_interrupted_training_resumes_to_the_same_file(tmp_path):
+    """Dropout of torch's generator and of labels, the order of pictures, layout of weights."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(state):
+        if state.step == 5:
+            raise Stopped
+
+    options = {"checkpoint": tmp_path / "c.ckpt", "checkpoint_every": 4}
+    with pytest.raises(Stopped):
+        digits_training.train(config(8, 32), callback=stop, **options)
+    digits_training.train(config(8, 32), out=tmp_path / "a.safetensors", resume=True, **options)
+    digits_training.train(config(8, 32), out=tmp_path / "b.safetensors")
+    files = [(tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors")]
+    assert files[0] == files[1]
 
 
 # What it draws: the figures in the README
@@ -295,6 +363,13 @@ def test_a_classifier_recognises_what_was_asked_for(model, sampler, guidance):
     # Neither one picture for all, nor noise around it; and not the digits of the training set.
     assert 0.8 <= quality.spread <= 1.1
     assert 0.8 <= quality.novelty <= 1.2
+
+
+def test_the_report_of_training_is_the_measure(model):
+    report = Digits().report(model, count=3)
+    assert report["accuracy"] >= 0.9
+    assert 0.5 <= report["spread"] <= 1.2
+    assert 0.7 <= report["novelty"] <= 1.3
 
 
 def test_the_measure_sees_what_is_wrong():

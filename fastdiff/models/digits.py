@@ -1,33 +1,26 @@
 """The shipped model: scikit-learn's handwritten digits, 1797 pictures of 8x8 pixels.
 
-Data (UCI optical digits test set, Alpaydin & Kaynak 1998; values 0..16 become [-1, 1]), training,
-loading, and a measure of what comes out. `fastdiff train digits` makes digits.safetensors.
-
-The model is trained on L = E ||noise - epsilon(x_t, t, label)||^2 (Ho et al. 2020, eq. 14) with the
-label dropped now and then (Ho & Salimans 2022, algorithm 1), AdamW, a cosine learning rate and an
-exponential moving average of the weights, which is what is kept.
+Data (UCI optical digits test set, Alpaydin & Kaynak 1998; values 0..16 become [-1, 1]), weights,
+and a measure of what comes out. `fastdiff train digits` (digits_training.py) makes
+digits.safetensors.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff.files import check_writable, write_atomic
+from fastdiff.models import weights
 from fastdiff.models.unet import UNet, UNetConfig
-from fastdiff.progress import track
+from fastdiff.models.weights import require
 
 if TYPE_CHECKING:
     from fastdiff.schedules import NoiseSchedule
@@ -36,17 +29,18 @@ __all__ = [
     "CLASSES",
     "GUIDANCE_SCALE",
     "SHAPE",
+    "TIMESTEPS",
     "WEIGHTS",
     "Quality",
-    "TrainConfig",
+    "channels_last",
     "conditional",
     "load",
     "load_data",
     "measure",
     "metadata",
+    "network",
     "save",
     "schedule",
-    "train",
 ]
 
 CLASSES = 10
@@ -61,27 +55,27 @@ def schedule() -> NoiseSchedule:
     return fd.schedules.cosine(TIMESTEPS)
 
 
-def _require(module: str, extra: str) -> ModuleType:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ImportError(
-            f"{module} is needed here and is not installed: pip install 'fastdiff[{extra}]'"
-        ) from error
-
-
 def load_data() -> tuple[Tensor, Tensor]:
     """(pictures, labels): float32 (1797, 1, 8, 8) in [-1, 1] and int64 (1797,) in 0..9.
 
     Raises:
         ImportError: scikit-learn, which carries the pictures, is not installed.
     """
-    digits: Any = _require("sklearn.datasets", "train").load_digits()
+    digits: Any = require("sklearn.datasets", "train").load_digits()
     pictures = torch.from_numpy(digits.images).to(torch.float32) / 8 - 1
     return pictures[:, None], torch.from_numpy(digits.target).to(torch.int64)
 
 
-def conditional(model: UNet, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+class Conditional(Protocol):
+    """A network that is told the class."""
+
+    @property
+    def config(self) -> UNetConfig: ...
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor: ...
+
+
+def conditional(model: Conditional, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The model of `fd.sample`, model(x, t), for one label per sample.
 
     With a guidance scale the sampler asks for twice the batch, the first half without a class.
@@ -122,24 +116,12 @@ def conditional(model: UNet, labels: Tensor) -> Callable[[Tensor, Tensor], Tenso
 
 def save(model: UNet, path: str | os.PathLike[str], about: dict[str, Any]) -> Path:
     """Write the weights as float16 safetensors with `about` as metadata, atomically."""
-    safetensors = _require("safetensors.torch", "sample")
-    tensors = {name: p.to(torch.float16).contiguous() for name, p in model.state_dict().items()}
-    # One key: safetensors does not promise an order of several, and the bytes should not vary.
-    text = json.dumps({"model": asdict(model.config), **about})
-    return write_atomic(path, safetensors.save(tensors, metadata={"fastdiff": text}))
+    return weights.save(model, path, {"model": asdict(model.config), **about}, torch.float16)
 
 
 def metadata(path: str | os.PathLike[str] = WEIGHTS) -> dict[str, Any]:
     """What `save` was told about the weights: schedule, T, training command, seed, ..."""
-    safetensors = _require("safetensors", "sample")
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("fastdiff")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
-    if text is None:
-        raise ValueError(f"{os.fspath(path)} holds no fastdiff model: its metadata says nothing")
-    return json.loads(text)
+    return weights.metadata(path)
 
 
 def load(path: str | os.PathLike[str] = WEIGHTS, device: torch.device | str | None = None) -> UNet:
@@ -150,171 +132,34 @@ def load(path: str | os.PathLike[str] = WEIGHTS, device: torch.device | str | No
         FileNotFoundError: no such file.
         ValueError: a file that holds something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {os.fspath(path)}")
-    about = metadata(path)
-    tensors = _require("safetensors.torch", "sample").load_file(os.fspath(path))
+    about, tensors = weights.read(path)
+    predicts = about.get("prediction_type", "epsilon")
+    if predicts != "epsilon":
+        raise ValueError(f"{os.fspath(path)} holds another model: it predicts the {predicts}")
+    return network(path, about, tensors).to(device)
+
+
+def network(
+    path: str | os.PathLike[str], about: dict[str, Any], tensors: dict[str, Tensor]
+) -> UNet:
+    """The U-Net of a file that was read (`weights.read`), ready to sample.
+
+    Raises ValueError where the weights are no U-Net's, or another one's than the file says.
+    """
     try:
         model = UNet(UNetConfig(**about["model"]))
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        model.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} holds another model: {error}") from error
-    model.requires_grad_(False).eval()
-    return _channels_last(model.to(device))
+    return channels_last(model.requires_grad_(False).eval())
 
 
-def _channels_last(model: UNet) -> UNet:
+def channels_last(model: UNet) -> UNet:
     """The same weights in the layout in which convolutions of few pixels are fastest."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
-
-
-# Training
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the weights."""
-
-    steps: int = 4000
-    seed: int = 0
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    label_dropout: float = 0.1
-    ema_decay: float = 0.999
-    threads: int = 1  # the sums depend on it; one costs little, as the pictures are tiny
-    model: UNetConfig = field(default_factory=UNetConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What a callback gets: iterations done, of how many, and a running mean of the loss."""
-
-    step: int
-    steps: int
-    loss: float
-
-
-def _learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine down to zero, as a factor."""
-    warmup = min(1.0, (step + 1) / config.warmup)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of one batch after another, each picture once per pass."""
-    size = min(size, count)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def train(
-    config: TrainConfig | None = None,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-    callback: Callable[[TrainState], None] | None = None,
-    data: tuple[Tensor, Tensor] | None = None,
-) -> UNet:
-    """Train on the digits and return the model with averaged weights, on the CPU in float32.
-
-    The noise of iteration i is stream 2 of the noise contract at step i, so it is the same on every
-    backend; everything else is drawn from torch generators with the same seed. The same config
-    gives the same weights, as far as torch's convolutions do: on the same kind of CPU.
-
-    Args:
-        config: see `TrainConfig`.
-        out: where to write the weights; the folder is checked before training begins.
-        progress: show a progress bar on stderr.
-        callback: called after every iteration.
-        data: (pictures, labels) instead of all the digits.
-
-    Raises:
-        ImportError: scikit-learn or safetensors is not installed.
-        ValueError: a config that makes no sense, or `out` that cannot be written.
-    """
-    config = config or TrainConfig()
-    if out is not None:
-        check_writable(out, "out")
-        _require("safetensors.torch", "sample")
-    pictures, labels = data if data is not None else load_data()
-    noise_schedule = schedule()
-
-    with _threads(config.threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # first weights, dropout
-        generator = torch.Generator().manual_seed(config.seed)
-        model = _channels_last(UNet(config.model)).train()
-        average = copy.deepcopy(model).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _learning_rate(step, config)
-        )
-        batches = _batches(len(pictures), config.batch_size, generator)
-        loss_mean = 0.0
-        for step in track(range(config.steps), "training", enabled=progress):
-            index = next(batches)
-            x_start, label = pictures[index], labels[index]
-            drop = torch.rand(label.shape, generator=generator) < config.label_dropout
-            label = label.masked_fill(drop, config.model.null_class)
-            t = torch.randint(TIMESTEPS, label.shape, generator=generator)
-            x_t, noise = fd.q_sample(
-                x_start, t, noise_schedule, seed=config.seed, step=step, return_noise=True
-            )
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
-            loss = torch.nn.functional.mse_loss(model(x_t, t, label), noise)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rates.step()
-            # A young average follows faster (as in Karras et al. 2022, appendix F.2).
-            decay = min(config.ema_decay, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.mul_(decay).add_(value * (1 - decay))
-            weight = max(0.01, 1 / (step + 1))
-            loss_mean += weight * (loss.item() - loss_mean)
-            if callback is not None:
-                callback(TrainState(step + 1, config.steps, loss_mean))
-
-    if out is not None:
-        settings = {name: value for name, value in asdict(config).items() if name != "model"}
-        about = {
-            "data": "scikit-learn load_digits, values 0..16 to [-1, 1]",
-            "schedule": "cosine",
-            "timesteps": TIMESTEPS,
-            "prediction_type": "epsilon",
-            "command": f"fastdiff train digits --steps {config.steps} --seed {config.seed}",
-            "training": settings,
-            "loss": round(loss_mean, 5),
-            "torch": str(torch.__version__),
-        }
-        save(average, out, about)
-    return average
 
 
 # Measuring
@@ -329,6 +174,10 @@ class Quality:
     held_out_accuracy: float  # the classifier's own, on digits that it has not seen
     spread: float  # std over the pictures of a class, root mean square over pixels: over the data's
     novelty: float  # median distance to the nearest digit: over the median between two digits
+
+    def report(self) -> dict[str, float]:
+        """The figures of all classes together."""
+        return {"accuracy": self.accuracy, "spread": self.spread, "novelty": self.novelty}
 
 
 def measure(pictures: Tensor, labels: Tensor | Sequence[int]) -> Quality:
@@ -353,8 +202,8 @@ def measure(pictures: Tensor, labels: Tensor | Sequence[int]) -> Quality:
             f"pictures must have shape ({len(labels)}, 1, 8, 8) for {len(labels)} labels, "
             f"got {tuple(pictures.shape)}"
         )
-    svm = _require("sklearn.svm", "train")
-    selection = _require("sklearn.model_selection", "train")
+    svm = require("sklearn.svm", "train")
+    selection = require("sklearn.model_selection", "train")
     digits, digit_labels = load_data()
     real = (digits.flatten(1) + 1) * 8  # 0..16, what gamma is meant for
     made = (pictures.detach().cpu().float().clamp(-1, 1).flatten(1) + 1) * 8

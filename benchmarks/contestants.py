@@ -34,7 +34,7 @@ TABLES = {
         "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2",
         "posterior_variance", "posterior_log_variance_clipped",
     )
-}  # fmt: skip
+} | {"log_betas": np.log(SCHEDULE.betas)}  # fmt: skip
 
 
 def same_bits(actual: Tensor, expected: Tensor) -> None:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 MODULES = (
-    "limits", "operations", "scaling", "schedulers", "samplers", "loops", "share",
+    "limits", "operations", "training", "scaling", "schedulers", "samplers", "loops", "share",
 )  # fmt: skip
 ALL = 0  # as a thread count: every core of the machine
 

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.noise import STREAM_Q_SAMPLE
+from fastdiff.ops import loss
 from fastdiff.ops.step import StepSpec, parse, step_arguments, unpack
 from fastdiff.ops.tables import host_table
 from fastdiff.plan import SolverPlan
+from fastdiff.profiling import loss_cases
 from fastdiff.program import Mode
 from fastdiff.schedules import NoiseSchedule, linear
 
@@ -74,6 +76,12 @@ _KINDS = {
         "DPM-Solver++(2M) step with guidance", lambda s: solvers.dpm_solver(s, 20), guided=True
     ),
     "unipc": _Kind("UniPC-2 step with guidance", lambda s: solvers.unipc(s, 20), guided=True),
+    "mse": _Kind(loss_cases.ABOUT["mse"], draws=True),
+    "mse_grad": _Kind("its derivative by the model output", draws=True),
+    "hybrid": _Kind(loss_cases.ABOUT["hybrid"], draws=True),
+    "hybrid_grad": _Kind("its derivative by the model output", draws=True),
+    "log_prob": _Kind(loss_cases.ABOUT["log_prob"]),
+    "log_prob_grad": _Kind("its derivative by the model output"),
 }
 NAMES = tuple(_KINDS)
 _MODE = Mode(in_place=True)
@@ -122,7 +130,11 @@ class Case:
     @property
     def op(self) -> str:
         """The operation of fastdiff/ops/schemas.py."""
-        return self.name if self.name in ("randn", "chain") else "step"
+        if self.name in ("randn", "chain"):
+            return self.name
+        if self.name.removesuffix("_grad") in loss_cases.ABOUT:
+            return "loss_grad" if self.name.endswith("_grad") else "loss"
+        return "step"
 
     @property
     def draws(self) -> bool:
@@ -161,6 +173,8 @@ class Case:
             slots = torch.arange(CHAIN_STEPS, device=device)
             chain = tensor(CHAIN_STEPS, *shape)
             return (tensor(*shape), None, table, slots, None, seed, 0, self.fast, chain)
+        if self.op in ("loss", "loss_grad"):
+            return loss_cases.arguments(self, shape, _schedule(), rows, seed, tensor, upload)
         if self.name in _FORWARD:
             states, outputs, draws, kind = _FORWARD[self.name]
             spec = StepSpec(states, outputs, None, draws, self.dtype, fast=self.fast)
@@ -203,8 +217,13 @@ class Case:
         if self.name == "chain":
             return [self.dtype], [self.dtype] * CHAIN_STEPS
         inputs, written, layout, *_ = self.arguments((1, 1))
-        operands = unpack(inputs, written, parse(layout))
-        read = (*operands.states, *operands.model_outputs)
+        if self.op in ("loss", "loss_grad"):
+            given = loss.unpack(inputs, loss.parse(layout))
+            read = [*given.model_outputs, *(t for t in (given.x, given.y) if t is not None)]
+            written = written if self.op == "loss_grad" else []
+        else:
+            operands = unpack(inputs, written, parse(layout))
+            read = [*operands.states, *operands.model_outputs]
         reads, writes = (
             [t.dtype for t in tensors for _ in range(t.numel())] for tensors in (read, written)
         )

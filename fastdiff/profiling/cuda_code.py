@@ -18,7 +18,9 @@ from fastdiff.profiling.paths import CommonPath, common_path
 
 __all__ = ["arithmetic", "inspect", "kernel_name", "rounds"]
 
-_THREADS, _ELEMENTS = 256, 8  # of a block, of a chunk: csrc/cuda/launch.cuh and its layouts
+_THREADS = 256  # of a block: csrc/cuda/launch.cuh
+# By case, the structure in csrc/cuda/loss_chunk.cuh.
+_LOSSES = {"mse": "NoiseError", "hybrid": "ClippedHybrid", "log_prob": "StepDensity"}
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16_t", torch.float16: "f16_t"}
 
 
@@ -29,6 +31,15 @@ def kernel_name(case: Case) -> str:
         return f"randn_kernel<Layout<8, {_flag(state == 'float')}>, {state}, {_flag(case.fast)}>"
     if case.name == "chain":
         return f"chain_kernel<{state}>"
+    if case.op in ("loss", "loss_grad"):
+        structure = _LOSSES[case.name.removesuffix("_grad")]
+        model = _TYPES[case.model_dtype or case.dtype]
+        if structure == "NoiseError":  # no tensor but the model output
+            state = model
+        served = ("float",) if structure == "ClippedHybrid" else ("float", "bf16_t")
+        known = state in served and model != "f16_t"
+        made_for = f"KnownLoss<{structure}, {state}, {model}, {_flag(case.fast)}>"
+        return f"{case.op}_kernel<{made_for if known else 'AnyLoss'}>"
     layout = parse(case.arguments((1, 1))[2])
     spec, model_outputs = layout.spec, layout.model_outputs
     outputs = len(spec.outputs)
@@ -61,6 +72,11 @@ def inspect(library: Path, target: str, cases: Sequence[Case]) -> list[dict[str,
     return [_figures(kernels, case, rounds(target)) for case in cases]
 
 
+def _elements(case: Case) -> int:
+    """Of a chunk: the width of the kernel's layout."""
+    return 4 if case.name.startswith("hybrid") else 8
+
+
 def _figures(kernels: dict[str, sass.Kernel], case: Case, rounds: int) -> dict[str, Any] | str:
     name = kernel_name(case)
     kernel = kernels.get(name)
@@ -68,7 +84,7 @@ def _figures(kernels: dict[str, sass.Kernel], case: Case, rounds: int) -> dict[s
         return f"the library has no kernel {name}"
     path: CommonPath | str
     try:
-        path = common_path(kernel, case, _ELEMENTS, loops=True)
+        path = common_path(kernel, case, _elements(case), loops=True)
     except ValueError as error:
         path = str(error)
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.chain import chain
+from fastdiff.ops.loss import loss, loss_grad
 from fastdiff.ops.randn import randn
 from fastdiff.ops.step import parse, step, unpack
 from fastdiff.profiling.cases import Case
@@ -16,7 +17,9 @@ from fastdiff.profiling.cases import Case
 __all__ = ["compiled_reference", "eager"]
 
 Call = Callable[[], object]
-_REFERENCE: dict[str, Callable[..., None]] = {"randn": randn, "step": step, "chain": chain}
+_REFERENCE: dict[str, Callable[..., None]] = {
+    "randn": randn, "step": step, "chain": chain, "loss": loss, "loss_grad": loss_grad,
+}  # fmt: skip
 
 
 def eager(case: Case, arguments: Sequence[Any]) -> Callable[..., Tensor] | None:
@@ -41,6 +44,8 @@ def eager(case: Case, arguments: Sequence[Any]) -> Callable[..., Tensor] | None:
         "ddim_guided": lambda x, u, o: (
             a * ((x - b * (u + guidance * (o - u))) / a) + c * (u + guidance * (o - u))
         ),
+        "mse": lambda output: (torch.randn_like(output) - output).square().flatten(1).mean(1),
+        "mse_grad": lambda output: a * (output - torch.randn_like(output)),
     }
     return None if case.mixed else forms.get(case.name)
 
@@ -49,6 +54,8 @@ def inputs(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
     """The tensors that `eager` takes."""
     if case.op == "randn":
         return [arguments[0]]
+    if case.op in ("loss", "loss_grad"):
+        return arguments[0][:1]
     tensors, written, layout, *_ = arguments
     operands = unpack(tensors, written, parse(layout))
     return [*operands.states, *operands.model_outputs]

@@ -53,6 +53,8 @@ def work_of(case: Case) -> Work:
         return Work(read, written, 1, normal)
     if case.name == "chain":
         return Work(read, written[:1], 1, normal + 3, CHAIN_STEPS)
+    if case.op in ("loss", "loss_grad"):
+        return Work(read, written, int(case.draws), normal * case.draws)
     layout = parse(case.arguments((1, 1))[2])
     spec = layout.spec
     terms = [mask.bit_count() for mask in (spec.clamp or 0, *spec.outputs) if mask]

@@ -34,6 +34,7 @@ from fastdiff.ops.checks import (
     resolve_seed,
 )
 from fastdiff.ops.held import held
+from fastdiff.ops.row import picked
 
 __all__ = ["Model", "p_sample", "posterior", "q_sample", "q_step", "sample"]
 
@@ -147,8 +148,7 @@ def posterior(
     check_schedule(schedule)
     rows = resolve_rows(t, schedule.num_timesteps, x_t.shape[0], x_t.device, check)
     table = table_of(schedule, "sample", x_t.device, table_dtype(x_t))
-    inside = (rows >= 0) & (rows < table.shape[0])
-    row = table[rows.masked_fill(~inside, 0)].masked_fill(~inside[:, None], torch.nan)
+    row = picked(table, rows)
     column = ((x_t != 0).long() * 2 + (x_start != 0)).reshape(x_t.shape[0], -1)
     return row.expand(x_t.shape[0], 4).gather(1, column).reshape(x_t.shape)
 

@@ -36,6 +36,7 @@ from fastdiff.noise import sample_keys, words
 from fastdiff.ops.exp import exp
 from fastdiff.ops.log import log
 from fastdiff.ops.loss import pairwise_sum
+from fastdiff.ops.row import picked
 
 __all__ = [
     "BOUND_COLUMNS", "BitsOperands", "bits", "bits_arguments", "bits_bound", "bits_bound_arguments",
@@ -136,12 +137,6 @@ def unpack(inputs: Sequence[Tensor], layout: str) -> BitsOperands:
     return BitsOperands(logits, x, table, rows, next(remaining) if layout[2] == "1" else None)
 
 
-def _picked(table: Tensor, rows: Tensor) -> Tensor:
-    """The row of every sample, (B or 1, columns); NaN where it is outside the table."""
-    inside = (rows >= 0) & (rows < table.shape[0])
-    return table[rows.masked_fill(~inside, 0)].masked_fill(~inside[:, None], torch.nan)
-
-
 def _by_bits(row: Tensor, first: int, x: Tensor, y: Tensor) -> Tensor:
     """Column first + 2 x + y of each sample's row, for bool x and y (B, n)."""
     columns = [row[:, first + k : first + k + 1] for k in range(4)]
@@ -182,7 +177,7 @@ def bits(
     given, (out,) = unpack(inputs, layout), outputs
     batch = out.shape[0]
     n = out.numel() // batch
-    row = _picked(given.table, given.rows)
+    row = picked(given.table, given.rows)
     if given.x is None:
         x = torch.zeros((batch, n), dtype=torch.bool, device=out.device)
     else:
@@ -262,5 +257,5 @@ def _elements(inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], 
     logits, x_t, x_start, table, rows = inputs[:5]
     batch = logits.shape[0]
     flat = logits.reshape(batch, -1).to(table.dtype)
-    row = _picked(table, rows)
+    row = picked(table, rows)
     return (flat, x_t.reshape(batch, -1) != 0, x_start.reshape(batch, -1) != 0), row

@@ -39,6 +39,7 @@ from torch import Tensor
 from fastdiff.noise import normals, sample_keys
 from fastdiff.ops.exp import exp
 from fastdiff.ops.log import log
+from fastdiff.ops.row import picked
 from fastdiff.ops.schemas import DTYPE_CODES
 
 __all__ = [
@@ -377,10 +378,7 @@ class _Row:
     """The coefficients of every sample by name, (B, 1); NaN where its row is outside the table."""
 
     def __init__(self, table: Tensor, rows: Tensor) -> None:
-        inside = (rows >= 0) & (rows < table.shape[0])
-        # masked_fill, not torch.where, which would copy its number to the device and wait.
-        index = rows.masked_fill(~inside, 0)
-        self._values = table[index].masked_fill(~inside[:, None], torch.nan)
+        self._values = picked(table, rows)
 
     def __getattr__(self, name: str) -> Tensor:
         column = COLUMNS.index(name)

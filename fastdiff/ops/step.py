@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastdiff.noise import normals, sample_keys
 from fastdiff.ops.exp import exp
+from fastdiff.ops.row import index_of, picked
 from fastdiff.ops.schemas import DTYPE_CODES
 
 __all__ = [
@@ -240,10 +241,8 @@ def step_values(
     shape, batch = states[0].shape, states[0].shape[0]
     compute = table.dtype
 
-    inside = (rows >= 0) & (rows < table.shape[0])
-    # masked_fill, not torch.where, which would copy its number to the device and wait.
-    index = rows.masked_fill(~inside, 0)
-    coefficient = table[index].masked_fill(~inside[:, None], torch.nan)
+    coefficient = picked(table, rows)
+    counters = None if draws is None else draws[index_of(table, rows)[0]]
 
     def flat(value: Tensor) -> Tensor:
         return value.reshape(batch, -1).to(compute)
@@ -272,8 +271,8 @@ def step_values(
             z.append(flat(noise[k]))
         else:
             all_keys = sample_keys(keys, counter[0], counter[1], batch, states[0].device)
-            step: Tensor | int = counter[2] if draws is None else draws[index, k, 0]
-            stream: Tensor | int = counter[3] if draws is None else draws[index, k, 1]
+            step: Tensor | int = counter[2] if counters is None else counters[:, k, 0]
+            stream: Tensor | int = counter[3] if counters is None else counters[:, k, 1]
             z.append(normals(all_keys, step, stream, n).to(spec.noise_dtype).to(compute))
 
     noise_scale = None
@@ -338,8 +337,7 @@ def step(
         [tensor.dtype for tensor in given.out],
     )  # fmt: skip
     if model_input is not None:
-        inside = (rows >= 0) & (rows < table.shape[0])
-        c_in = table[rows.masked_fill(~inside, 0), 2].masked_fill(~inside, torch.nan)
+        c_in = picked(table, rows)[:, 2]
         stored = values[0].reshape(values[0].shape[0], -1).to(table.dtype)
         scaled = (c_in[:, None] * stored).to(model_input.dtype)
         copies = model_input.numel() // max(values[0].numel(), 1)

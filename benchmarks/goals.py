@@ -52,6 +52,11 @@ def _both(operation: str, dtype: str = "fp32") -> tuple[str, ...]:
     return tuple(f"operations/{operation} {dtype} {size}" for size in (_LATENTS, _PICTURES))
 
 
+def _training(what: str) -> tuple[str, ...]:
+    return tuple(f"training/{what} fp32 {size}" for size in (_LATENTS, _PICTURES))
+
+
+_LOSSES = ("fastdiff", "fastdiff, noise kept")
 _ACCELERATED = ("accelerated", "accelerated, seed=")
 _FOUR = tuple(f"schedulers/{name} {_HOST}" for name in ("DDIM", "DDPM", "DPM++ 2M", "UniPC"))
 _OTHERS = tuple(
@@ -99,6 +104,21 @@ GOALS = (
     Goal(
         "loop around a model of no time", ("loops/policy, DDPM 100, model left out",), "us",
         most=10, ours=("fd.sample",),
+    ),
+    *(
+        Goal(
+            f"q_sample and loss{gradient}", _training(f"q_sample and loss{gradient}"), "x eager", 5,
+            ours=_LOSSES,
+            why="where everything is in cache, torch's chain takes no more than ten times as long "
+            "as our normals alone, which the loss makes again (at twice the cost) or reads, and "
+            "a quarter of our time is Python's and autograd's; bfloat16 and tensors beyond the "
+            "cache keep it",
+        )
+        for gradient in ("", ", gradient")
+    ),
+    *(
+        Goal(f"vb terms{gradient}", _training(f"vb terms{gradient}"), "x eager", 15)
+        for gradient in ("", ", gradient")
     ),
 )  # fmt: skip
 

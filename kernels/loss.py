@@ -225,6 +225,8 @@ def _structure_of(layout: Layout, nvidia: bool) -> Structure:
     spec = layout.spec
     if spec.noise_dtype not in DTYPES:
         raise TypeError("fastdiff_triton::loss: float64 noise is not served")
+    if spec.slopes:
+        raise TypeError("fastdiff_triton::loss: slopes are kept on CPUs only")
     clamp = spec.clamp or 0
     by_o = 0
     for term, mask in ((definition.ERROR, spec.error), (definition.BOUND, spec.bound)):

@@ -102,13 +102,15 @@ def gradients_of(case: dict[str, Any]) -> torch.Tensor:
 def execute(
     backend: str, case: dict[str, Any], made_dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Results, x where it is made, and the gradients by the model outputs."""
+    """Results, x where it is made or slopes, and the gradients by the model outputs."""
     spec, models = case["spec"], case["model_outputs"]
     batch, compute = models[0].shape[0], case["table"].dtype
     n = models[0].shape[1] // (1 + spec.learned)
     results = torch.full((spec.count, batch), torch.nan, dtype=compute)
     partials = torch.full((spec.count, batch, partial_count(n)), torch.nan, dtype=compute)
-    made = [torch.full((batch, n), torch.nan, dtype=made_dtype)] if spec.makes else []
+    stored = [(batch, n)] if spec.makes or spec.slopes else []
+    stored_dtype = compute if spec.slopes else made_dtype
+    made = [torch.full(size, torch.nan, dtype=stored_dtype) for size in stored]
     call = loss_arguments(**case, outputs=[results, partials, *made])
     operation("loss", CPU, compute, backend)(*call)
     by_model = [torch.full_like(model, torch.nan) for model in models]
@@ -138,6 +140,42 @@ def assert_agree(assert_same_bits):
             assert_same_bits(actual, expected)
 
     return check
+
+
+@pytest.mark.parametrize("n", [1, 5, 1024, 1029, 3001])
+def test_slopes_scaled_are_the_gradient(accelerated, assert_agree, assert_same_bits, n):
+    if accelerated == "cuda_host":
+        pytest.skip("keeps none")
+    masks = (0b10100, 0b00101, 0b10111)
+    for rho, mask, dtype in product(range(len(RHOS)), masks, (torch.float32, torch.float64)):
+        spec = LossSpec(ERROR, error=mask, rho=rho)
+        case = make_case(np.random.default_rng([n, rho]), n, dtype, spec.keeping, guided=False)
+        case["model_outputs"][0] = case["model_outputs"][0].to(dtype)
+        results, slopes, gradient = found = execute(accelerated, case)
+        assert_agree(case, found, execute("reference", case))
+        table = case["table"][case["rows"]]
+        scale, by_o = (table[:, COLUMNS.index(name)] for name in ("error_scale", "e_o"))
+        factor = gradients_of(case)[0] * scale * by_o
+        assert_same_bits(slopes * factor[:, None], gradient)
+        plain = {**case, "spec": replace(case["spec"], slopes=False)}
+        assert_same_bits(results, execute(accelerated, plain)[0])
+
+
+def test_slopes_of_more_than_the_caches_hold(accelerated, assert_same_bits):
+    """They are stored past them."""
+    if accelerated == "cuda_host":
+        pytest.skip("keeps none")
+    spec = LossSpec(ERROR, error=0b00101).keeping
+    n = 1 << 20
+    x, o = torch.linspace(-1, 1, 9 * n).view(9, n), torch.linspace(2, -3, 9 * n).view(9, n)
+    table = make_table(np.random.default_rng(0), 2, torch.float32)
+    e_x, e_o = (table[1, COLUMNS.index(name)] for name in ("e_x", "e_o"))
+    results, partials = torch.empty(1, 9), torch.empty(1, 9, partial_count(n))
+    slopes = torch.full((9, n), torch.nan)
+    call = loss_arguments(spec, [results, partials, slopes], [o], x, None, table, torch.tensor([1]))
+    operation("loss", CPU, torch.float32, accelerated)(*call)
+    e = e_x * x + e_o * o
+    assert_same_bits(slopes, e + e)
 
 
 def random_spec(rng: np.random.Generator) -> LossSpec:
@@ -484,6 +522,7 @@ def test_known_layouts():
     assert EPSILON.layout(1, 0, keys=True) == "101114" + "0" + "-" + "0000"
     spec = LossSpec(7, 31, 15, 3, 2, True, True, True, True, torch.float16, True)
     assert spec.layout(2, 1, guidance_scale=True) == "21271ff322f1"
+    assert EPSILON.keeping.layout(1, 0) == "100114" + "0" + "-" + "0002"
 
 
 def refused(call: tuple[Any, ...], message: str, op: str = "loss") -> None:
@@ -515,6 +554,7 @@ def test_the_native_binding_refuses_what_does_not_fit_the_layout():
         (layout[:6] + "a" + layout[7:], "likelihood without x"),
         (layout[0] + "2" + layout[2:], "at most 1 noise tensor, not 2"),
         (layout[:2] + "1" + layout[3:], "need guidance_scale"),
+        (layout[:-1] + "4", "layout must be"), (layout[:-1] + "2", "slopes are kept of a lone"),
     ):  # fmt: skip
         refused(call(layout=broken), message)
     for changes, message in (

@@ -331,6 +331,18 @@ def test_fused_gradients_are_the_definitions(backend, learned):
     torch.testing.assert_close(fused, plain, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_taken_again_is_the_same(backend, assert_same_bits, dtype):
+    """The first one, on a CPU in float32, is made of slopes that it uses up."""
+    x, o = (data(SIZES, k, dtype) for k in (1, 2))
+    o.requires_grad_()
+    loss = fd.training.loss(o, x, T, CHAIN, seed=torch.arange(SIZES[0]), target="v", kind="huber")
+    weights = torch.linspace(-1, 2, SIZES[0])
+    first, again = (torch.autograd.grad(loss, o, weights, retain_graph=True)[0] for _ in range(2))
+    assert_same_bits(first, again)
+    assert first.data_ptr() != again.data_ptr()
+
+
 def test_forward_mode(backend):
     o, x, direction = (data((2, 6), k) for k in range(3))
 
@@ -359,7 +371,8 @@ def test_memory_layouts_keep_the_bits(backend, assert_same_bits):
 
 
 def test_nothing_of_a_samples_size_is_kept_but_inputs():
-    x, o = (data((3, 2000), k, torch.float32) for k in (1, 2))  # more than a table has
+    """In a type whose slopes are not kept in place of the gradient."""
+    x, o = (data((3, 2000), k, torch.bfloat16) for k in (1, 2))  # more than a table has
     o.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -310,8 +310,10 @@ fastdiff::LossParams loss_params(const std::string& layout, Tensors& read) {
   p.learned = (flags & 2) != 0;
   p.frozen = (flags & 4) != 0;
   p.makes = (flags & 8) != 0;
-  p.fast = facts.field(1) != 0;
-  STD_TORCH_CHECK(facts.ends(), "layout must be a string of LossSpec.layout");
+  const int32_t others = facts.field(1);
+  p.fast = (others & 1) != 0;
+  p.keeps_slopes = (others & 2) != 0;
+  STD_TORCH_CHECK(facts.ends() && others < 4, "layout must be a string of LossSpec.layout");
   STD_TORCH_CHECK(p.model_outputs == 1 || p.model_outputs == 2, "1 or 2 model outputs, not ",
                   p.model_outputs);
   STD_TORCH_CHECK(p.terms > 0 && p.terms < 8 && p.error < 32 && p.bound < 16 && p.clamp < 4 &&
@@ -329,6 +331,9 @@ fastdiff::LossParams loss_params(const std::string& layout, Tensors& read) {
                   " noise tensor, not ", noise);
   const bool reads_x = !p.makes && (p.error & 1 || p.bound & 1 || x_start);
   STD_TORCH_CHECK(!bound || p.density || reads_x || p.makes, "layout has a likelihood without x");
+  const bool lone = p.terms == kErrorTerm && p.model_outputs == 1 && p.clamp < 0;
+  STD_TORCH_CHECK(!p.keeps_slopes || (lone && !p.learned && !p.makes),
+                  "slopes are kept of a lone error of one model output, without a clamp node");
 
   const Tensor& first = read.take("model outputs");
   const int64_t size = first.numel(), elements = p.learned ? size / 2 : size;
@@ -387,6 +392,7 @@ void loss(std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::string l
   p.results = take_results(written, "results", p);
   p.partials = take_results(written, "partial sums", p, p.pieces);
   if (p.makes) p.made = operand(written.take("x", p.batch * p.n));
+  if (p.keeps_slopes) p.slopes = take_results(written, "slopes", p, p.n);
   STD_TORCH_CHECK(read.all_taken() && written.all_taken(),
                   "there are more tensors than layout names");
   set_counter(p, seed, sample_offset, step, stream);

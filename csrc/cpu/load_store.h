@@ -240,6 +240,12 @@ FD_HD void store_group(S* p, const Group<T>& group) {
   }
 }
 
+template <class T>
+FD_HD void stream_group(T* p, const Group<T>& group) {
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) stream_vector(p + u * kLanes<T>, group.v[u]);
+}
+
 // A place in a tensor: the address of an element and its type, known at run time only. The type is
 // the same for millions of elements, so the branches on it below are predicted.
 struct Place {

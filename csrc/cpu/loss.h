@@ -14,13 +14,22 @@ static_assert(kBlock == kPiece, "a block leaves one partial sum");
 
 template <class A, class B>
 struct SumOfSquares {
-  // Whole groups from number `group` on.
+  // Whole groups from number `group` on. Slopes are stored where there is memory for them.
   static void run(const Place& first, const Place& second, float a, float b, int64_t count,
-                  BlockSum<float>& sum, int64_t group) {
+                  BlockSum<float>& sum, int64_t group, float* slopes, bool streams) {
     for (int64_t i = 0; i < count; i += Group<float>::kSize, ++group) {
       Group<float> e;
       weighted_difference(reinterpret_cast<const A*>(first.data) + i,
                           reinterpret_cast<const B*>(second.data) + i, a, b, e);
+      if (slopes) {
+        Group<float> slope;
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnroll; ++u) slope.v[u] = e.v[u] + e.v[u];
+        if (streams)
+          stream_group(slopes + i, slope);
+        else
+          store_group(slopes + i, slope);
+      }
 #pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) e.v[u] *= e.v[u];
       sum.set(group, e, Group<float>::kSize);
@@ -31,13 +40,15 @@ struct SumOfSquares {
 template <class T>
 class LossKernel {
  public:
-  explicit LossKernel(const LossParams& p) : p_(p), reader_(p) {}
+  explicit LossKernel(const LossParams& p)
+      : p_(p), reader_(p), streams_(beyond_caches(p.slopes, p.batch, p.n * sizeof(T))) {}
 
   void begin_sample(int64_t b) {
     reader_.begin_sample(b);
     const bool bound = p_.terms & kBoundTerm;
     reader_.use(p_.terms & kErrorTerm, bound, p_.terms & kXStartTerm, bound && p_.learned);
     rho_ = rho_for<T, false>(p_.rho);
+    slope_ = rho_for<T, true>(p_.rho);
     bound_ = bound_for<T, false>(reader_.kind(), p_.learned);
     difference_ = reader_.difference();
     if (std::is_same_v<T, float> && difference_.first)
@@ -63,13 +74,15 @@ class LossKernel {
 
   __attribute__((noinline)) void run_groups(int64_t begin, int64_t count, int64_t padded,
                                             int64_t group) {
-    reader_.seek(begin, count, padded);
     const bool tail = count < padded;
+    const int64_t element = reader_.sample * p_.n + begin;
+    T* const slopes = p_.keeps_slopes ? static_cast<T*>(p_.slopes) + element : nullptr;
+    reader_.seek(begin, count, padded, streams_ ? nullptr : reinterpret_cast<char*>(slopes),
+                 sizeof(T));
     if constexpr (std::is_same_v<T, float>)
       if (squares_ && !tail)
         return squares_(*difference_.first, *difference_.second, difference_.a, difference_.b,
-                        padded, sums_[0], group);
-    const int64_t element = reader_.sample * p_.n + begin;
+                        padded, sums_[0], group, slopes, streams_);
     Place made{};
     if (p_.makes) made = {tail ? made_tail_.bytes : element_of(p_.made, element), p_.made.dtype};
     for (int64_t i = 0; i < padded; i += kGroup, ++group) {
@@ -84,6 +97,11 @@ class LossKernel {
       Group<T> value;
       if (p_.terms & kErrorTerm) {
         reader_.error(columns, value);
+        if (slopes) {
+          Group<T> slope = value;
+          slope_(slope, reader_.entries[kDelta]);
+          store_group(tail ? reinterpret_cast<T*>(slopes_tail_.bytes) : slopes + i, slope);
+        }
         rho_(value, reader_.entries[kDelta]);
         sums_[0].set(group, value, valid);
       }
@@ -104,16 +122,18 @@ class LossKernel {
     if (p_.makes && tail)
       memcpy(element_of(p_.made, element), made.data,
              static_cast<size_t>(count * size_of(made.dtype)));
+    if (slopes && tail) memcpy(slopes, slopes_tail_.bytes, static_cast<size_t>(count) * sizeof(T));
   }
 
   const LossParams& p_;
   LossReader<T> reader_;
-  RhoOf<T> rho_;
+  const bool streams_;  // slopes go past the caches
+  RhoOf<T> rho_, slope_;
   BoundOf<T> bound_;
   typename LossReader<T>::Difference difference_;
   decltype(&SumOfSquares<float, float>::run) squares_ = nullptr;
   BlockSum<T> sums_[3];
-  Tail<T> made_tail_;
+  Tail<T> made_tail_, slopes_tail_;
 };
 
 inline void loss(const LossParams& p, int64_t first, int64_t last) {

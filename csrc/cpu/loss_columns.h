@@ -195,9 +195,12 @@ class LossReader {
     clamps_ = c;
   }
 
-  // Elements begin.. of the sample come next: `count`, calculated as `padded`, whole groups.
-  void seek(int64_t begin, int64_t count, int64_t padded) {
+  // Elements begin.. of the sample come next: `count`, calculated as `padded`, whole groups. Memory
+  // at `written`, if any, is about to be written in elements of that size.
+  void seek(int64_t begin, int64_t count, int64_t padded, const char* written = nullptr,
+            int64_t size = 0) {
     Ahead ahead;
+    if (written && count == padded) ahead.add(written, size);
     for (int k = 0; k < kSources; ++k)
       if (sources_[k].used && sources_[k].data)
         sources_[k].template find<T>(sample, begin, count,
@@ -315,6 +318,7 @@ __attribute__((noinline)) void loss_blocks(const LossParams& p, int64_t first, i
     if (block == first || block % per_sample == 0) kernel.begin_sample(block / per_sample);
     kernel.run(block % per_sample);
   }
+  fence_streams();
 }
 
 }  // namespace fastdiff::FASTDIFF_ISA

@@ -6,6 +6,14 @@
 
 namespace fastdiff::FASTDIFF_ISA {
 
+// Whether to store a tensor past the caches, in which it would not stay: of so many samples of so
+// many bytes, each of which begins where a register can be stored so.
+inline bool beyond_caches(const void* data, int64_t samples, int64_t sample_bytes) {
+  return data && samples * sample_bytes >= streamed_bytes() &&
+         reinterpret_cast<uintptr_t>(data) % kRegisterBytes == 0 &&
+         sample_bytes % kRegisterBytes == 0;
+}
+
 // Memory for one group of any element type.
 template <class T>
 struct alignas(64) Tail {

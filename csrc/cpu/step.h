@@ -132,12 +132,9 @@ class StepKernel {
   // Whether to store past the caches: the result, `copies` times as large as the batch, would not
   // fit, and its lines have not been loaded as an input.
   bool streams(const Operand& result, int64_t copies) const {
-    const int64_t size = size_of(result.dtype);
     for (const Source& source : sources_)
       if (source.data && source.data == result.data) return false;
-    return result.data && copies * p_.batch * p_.n * size >= streamed_bytes() &&
-           reinterpret_cast<uintptr_t>(result.data) % kRegisterBytes == 0 &&
-           p_.n * size % kRegisterBytes == 0;
+    return beyond_caches(result.data, copies * p_.batch, p_.n * size_of(result.dtype));
   }
 
   // How each result is stored: at once, or made in the scratch and moved when all rows are made.

@@ -298,7 +298,9 @@ int for_each_operand(const LossParams& p, Action action) {
 }
 
 int refusal(const LossParams& p) {
-  if (p.table_dtype != DType::f32 || for_each_operand(p, is_f64)) return cudaErrorNotSupported;
+  if (p.table_dtype != DType::f32 || p.keeps_slopes || for_each_operand(p, is_f64)) {
+    return cudaErrorNotSupported;
+  }
   return fits(p.batch, p.n) ? cudaSuccess : cudaErrorInvalidValue;
 }
 

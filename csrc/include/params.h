@@ -76,7 +76,7 @@ struct LossParams {
   int32_t bound;          // over [x, y, o, c]
   int32_t clamp;          // over [y, o]; -1: no c
   int32_t rho;            // Rho (loss.h)
-  bool density, learned, frozen, makes, fast;
+  bool density, learned, frozen, makes, fast, keeps_slopes;
   bool seeded;  // z is made; where it is not, and noise.data is null, there is none
   DType noise_dtype;
   Operand model_output[2];
@@ -95,6 +95,7 @@ struct LossParams {
   void* partials;  // (K, B, pieces): memory for the sums over pieces of kPiece elements
   int64_t pieces;  // at least 1
   Operand made;    // x where it is made
+  void* slopes;    // (B, n) where they are kept, by a CPU
   // loss_grad
   const void* results_grad;  // (K, B)
   Operand grad[2];           // of the shape of each model output

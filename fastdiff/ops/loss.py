@@ -24,13 +24,16 @@ a sample are added pairwise: neighbours 2k and 2k+1, then neighbouring sums, and
 without a neighbour is added to +0. So the bits do not depend on blocks, threads, batch or backend.
 
 `loss_grad` is the derivative of the results with respect to the model outputs, again one pass.
+Where `slopes` are kept it needs none: of a lone error that has no c, slope = rho'(e) times
+(gradient of the result) * error_scale * e_o is the same number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,6 +41,7 @@ from torch import Tensor
 
 from fastdiff.noise import normals, sample_keys
 from fastdiff.ops.exp import exp
+from fastdiff.ops.held import remembered
 from fastdiff.ops.log import log
 from fastdiff.ops.row import picked
 from fastdiff.ops.schemas import DTYPE_CODES
@@ -99,6 +103,7 @@ class LossSpec:
         makes: x is made, stored and used as stored.
         noise_dtype: dtype that seeded noise is rounded to before use.
         fast: approximate functions in GPU noise.
+        slopes: rho'(e) of every element is stored too, in the type of the math; on CPUs only.
     """
 
     terms: int
@@ -112,6 +117,7 @@ class LossSpec:
     makes: bool = False
     noise_dtype: torch.dtype = torch.float32
     fast: bool = False
+    slopes: bool = False
 
     @property
     def count(self) -> int:
@@ -123,6 +129,11 @@ class LossSpec:
         """Whether x is an input: a term has it as a column, and it is not made."""
         used = self.error & 1 or self.bound & 1 or self.terms & X_START
         return bool(used) and not self.makes
+
+    @cached_property
+    def keeping(self) -> LossSpec:
+        """The same, with slopes."""
+        return replace(self, slopes=True)
 
     @property
     def reads_y(self) -> bool:
@@ -140,14 +151,15 @@ class LossSpec:
 
         model outputs, noise tensors, optional inputs (1 keys, 2 guidance_scale), terms, error (2
         digits), bound, clamp ("-" for none), rho, noise dtype, flags (1 density, 2 learned,
-        4 frozen, 8 makes), fast.
+        4 frozen, 8 makes), others (1 fast, 2 slopes).
         """
         optional = keys | guidance_scale << 1
         flags = self.density | self.learned << 1 | self.frozen << 2 | self.makes << 3
+        others = self.fast | self.slopes << 1
         clamp = "-" if self.clamp is None else f"{self.clamp:x}"
         return (
             f"{model_outputs}{noise}{optional:x}{self.terms:x}{self.error:02x}{self.bound:x}{clamp}"
-            f"{self.rho:x}{DTYPE_CODES[self.noise_dtype]:x}{flags:x}{self.fast:d}"
+            f"{self.rho:x}{DTYPE_CODES[self.noise_dtype]:x}{flags:x}{others:x}"
         )
 
 
@@ -161,16 +173,17 @@ class Layout(NamedTuple):
     guidance_scale: bool
 
 
+@remembered
 def parse(layout: str) -> Layout:
     """Reads what LossSpec.layout() wrote."""
     clamp = None if layout[7] == "-" else int(layout[7], 16)
     model_outputs, noise, optional, terms = (int(digit, 16) for digit in layout[:4])
     error, bound = int(layout[4:6], 16), int(layout[6], 16)
-    rho, code, flags, fast = (int(digit, 16) for digit in layout[8:12])
+    rho, code, flags, others = (int(digit, 16) for digit in layout[8:12])
     noise_dtype = next(dtype for dtype, number in DTYPE_CODES.items() if number == code)
     spec = LossSpec(
         terms, error, bound, clamp, rho, bool(flags & 1), bool(flags & 2), bool(flags & 4),
-        bool(flags & 8), noise_dtype, bool(fast),
+        bool(flags & 8), noise_dtype, bool(others & 1), bool(others & 2),
     )  # fmt: skip
     return Layout(spec, model_outputs, noise, bool(optional & 1), bool(optional & 2))
 
@@ -223,8 +236,8 @@ def loss_arguments(
 
     Args:
         outputs: of loss: the results (K, B), the partial sums (K, B, partial_count(n)), both of
-            the table's dtype, and x (B, ...) where the spec makes it. Of loss_grad: one tensor of
-            the shape and dtype of each model output.
+            the table's dtype, x (B, ...) where the spec makes it, and the slopes (B, ...) where it
+            keeps them. Of loss_grad: one tensor of the shape and dtype of each model output.
         x, y: None where the spec does not read them.
         gradients: (K, B) of the table's dtype: the derivative by the results.
         counter: (seed, sample_offset, step, stream).
@@ -507,7 +520,9 @@ def loss_values(
     counter: Sequence[int],
     made_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition in plain PyTorch, differentiable: results (K, B), and the x that was made.
+    """The definition in plain PyTorch, differentiable: results (K, B), and what else is stored.
+
+    That is the x that was made, or the slopes, (B, n).
 
     Args:
         model_outputs: [o] or [o_uncond, o_cond]; (B, ...), with twice the channels (dim 1) when
@@ -523,9 +538,11 @@ def loss_values(
     elements = _elements(
         model_outputs, x, y, noise, table, rows, keys, guidance_scale, spec, counter, made_dtype
     )
-    row, results = elements.row, []
+    row, results, stored = elements.row, [], elements.made
     if spec.terms & ERROR:
         assert elements.e is not None
+        if spec.slopes:
+            stored = rho_slope(spec.rho, elements.e, row.delta)
         total = pairwise_sum(rho_value(spec.rho, elements.e, row.delta))
         results.append(total * row.error_scale[:, 0] + row.error_offset[:, 0])
     if spec.terms & BOUND:
@@ -535,9 +552,7 @@ def loss_values(
         assert elements.x is not None and elements.c is not None
         difference = elements.x - elements.c
         results.append(pairwise_sum(difference * difference) * row.x_start_scale[:, 0])
-    return torch.stack(
-        [result.expand(model_outputs[0].shape[0]) for result in results]
-    ), elements.made
+    return torch.stack([result.expand(model_outputs[0].shape[0]) for result in results]), stored
 
 
 def loss(
@@ -553,13 +568,13 @@ def loss(
     parsed = parse(layout)
     given = unpack(inputs, parsed)
     made_dtype = outputs[2].dtype if parsed.spec.makes else torch.float32
-    results, made = loss_values(
+    results, stored = loss_values(
         given.model_outputs, given.x, given.y, given.noise, given.table, given.rows, given.keys,
         given.guidance_scale, parsed.spec, (seed, sample_offset, step, stream), made_dtype,
     )  # fmt: skip
     outputs[0].copy_(results)
-    if made is not None:
-        outputs[2].copy_(made.reshape(outputs[2].shape))
+    if stored is not None:
+        outputs[2].copy_(stored.reshape(outputs[2].shape))
 
 
 def loss_grad(

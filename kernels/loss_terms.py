@@ -1,4 +1,4 @@
-"""The functions of an element in losses and bounds (fastdiff/ops/loss.py), and their slopes.
+"""The functions of an element in losses and bounds (fastdiff/ops/loss_terms.py), and their slopes.
 
 `negated` changes every sign; Triton's unary minus is a difference from +0, which loses that of 0.
 """
@@ -10,7 +10,7 @@ import triton.language as tl
 from fastdiff.kernels.exp import exp
 from fastdiff.kernels.log import log
 from fastdiff.kernels.noise import horner
-from fastdiff.ops import loss as definition
+from fastdiff.ops import loss_terms as definition
 
 SQUARE, ABS, HUBER, PSEUDO_HUBER = (
     tl.constexpr(definition.RHOS.index(name)) for name in ("square", "abs", "huber", "pseudo_huber")

@@ -16,7 +16,6 @@ from fastdiff.ops.loss import (
     BOUND,
     COLUMNS,
     ERROR,
-    RHOS,
     X_START,
     LossSpec,
     loss_arguments,
@@ -25,6 +24,7 @@ from fastdiff.ops.loss import (
     partial_count,
     unpack,
 )
+from fastdiff.ops.loss_terms import RHOS
 from fastdiff.ops.step import HEADER, StepSpec, step_arguments
 
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ from fastdiff.ops.loss import (
     COLUMNS,
     ERROR,
     PIECE,
-    RHOS,
     X_START,
     LossSpec,
     loss_arguments,
     partial_count,
 )
+from fastdiff.ops.loss_terms import RHOS
 
 pytest.importorskip("triton")
 

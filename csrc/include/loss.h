@@ -1,5 +1,5 @@
-// The functions of an element in fastdiff/ops/loss.py and their slopes, over a lane policy as in
-// noise.h: L::F is what lanes hold, L::T one of them. Constants are rounded to T once; every
+// The functions of an element in fastdiff/ops/loss_terms.py and their slopes, over a lane policy as
+// in noise.h: L::F is what lanes hold, L::T one of them. Constants are rounded to T once; every
 // operation below stands in the order of the definition, which the bits depend on.
 #pragma once
 

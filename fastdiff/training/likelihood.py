@@ -25,7 +25,8 @@ from fastdiff.ops.checks import check_like, check_sample, resolve_rows
 from fastdiff.ops.exp import exp
 from fastdiff.ops.forward import _check_one_noise, _check_schedule, q_sample
 from fastdiff.ops.held import held
-from fastdiff.ops.loss import ERROR, LossSpec, discretized_nll, pairwise_sum
+from fastdiff.ops.loss import ERROR, LossSpec, pairwise_sum
+from fastdiff.ops.loss_terms import discretized_nll
 from fastdiff.ops.reverse import _check_model_output
 from fastdiff.ops.step import StepSpec
 from fastdiff.ops.tables import per_sample

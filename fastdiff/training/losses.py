@@ -20,7 +20,8 @@ from fastdiff.ops.call_loss import call_loss
 from fastdiff.ops.checks import check_like, check_sample, check_uint32, resolve_rows, resolve_seed
 from fastdiff.ops.forward import _check_schedule
 from fastdiff.ops.held import held, remembered
-from fastdiff.ops.loss import ERROR, RHOS, LossSpec
+from fastdiff.ops.loss import ERROR, LossSpec
+from fastdiff.ops.loss_terms import RHOS
 from fastdiff.ops.reverse import _check_model_output
 from fastdiff.schedules import NoiseSchedule, Schedule
 from fastdiff.schedules._values import FloatArray, refuse_where

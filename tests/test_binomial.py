@@ -333,6 +333,10 @@ def test_samples_without_elements_cost_nothing():
 X = torch.zeros(2, 3)
 
 
+def refuse_to_run(x, t):
+    raise AssertionError("called")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -355,6 +359,13 @@ X = torch.zeros(2, 3)
          "dtype must be"),
         (lambda: binomial.variational_bound(model, X, SCHEDULE, seed=0, draws=0), ValueError,
          "draws must be at least 1"),
+        (lambda: binomial.variational_bound(None, X, SCHEDULE, seed=0), TypeError,
+         "model must be callable"),
+        (lambda: binomial.sample(None, SCHEDULE, (1, 2), seed=0), TypeError,
+         "model must be callable"),
+        (lambda: binomial.variational_bound(refuse_to_run, X, SCHEDULE, seed=0,
+                                            prediction_type="epsilon"),
+         ValueError, "prediction_type must be one of sample, previous"),
         (lambda: binomial.variational_bound(model, X, SCHEDULE, seed=0, last_step="x"),
          ValueError, "last_step must be"),
     ],

@@ -164,6 +164,44 @@ def test_gradients_are_the_papers(variance):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
 
 
+@CASES
+def test_gradcheck(prediction_type, variance, clip):
+    """The fused pass, by the model output alone, with the likelihood of t = 0 among the terms."""
+    x_start, noise, x_t = pair()
+    output = output_for(prediction_type, variance, x_start, noise, x_t, TIMES)
+    # Away from the kink of the clamp.
+    options = dict(prediction_type=prediction_type, variance=variance)
+    options["clip"] = None if clip is None else (-0.8123, 0.9321)
+    assert torch.autograd.gradcheck(
+        lambda output: likelihood.vb_terms_bpd(output, x_start, x_t, TIMES, SCHEDULE, **options),
+        output.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("variance", tables.VARIANCES)
+def test_gradients_in_low_precision(variance):
+    """Against float64 of the numbers as they were rounded; of v, as x_0 of epsilon has rounding
+    times 1 / alpha_t, 60 at the last t."""
+    options = dict(prediction_type="v_prediction", variance=variance)
+    # (of the bound, of a gradient against the largest of its sample)
+    for dtype, tolerances in ((torch.float32, (3e-6, 1e-5)), (torch.bfloat16, (3e-6, 2**-8))):
+        x_start, noise, x_t = pair()
+        output = output_for(*options.values(), x_start, noise, x_t, TIMES)
+        given = [value.to(dtype) for value in (output, x_start, x_t)]
+        found = []
+        for values in (given, [value.double() for value in given]):
+            leaf = values[0].clone().requires_grad_()
+            bound = likelihood.vb_terms_bpd(leaf, *values[1:], TIMES, SCHEDULE, **options)
+            found.append((bound, torch.autograd.grad(bound.sum(), leaf)[0]))
+        (bound, gradient), (exact_bound, exact) = found
+        assert bound.dtype == torch.float32 and gradient.dtype == dtype
+        torch.testing.assert_close(
+            bound.double(), exact_bound, rtol=tolerances[0], atol=tolerances[0]
+        )
+        error = (gradient.double() - exact).flatten(1).abs().amax(1)
+        assert (error <= tolerances[1] * exact.flatten(1).abs().amax(1)).all()
+
+
 def test_one_pass_gives_every_term_in_its_units():
     x_start, noise, x_t = pair()
     output = output_for("v_prediction", "learned_range", x_start, noise, x_t, TIMES)
@@ -375,6 +413,32 @@ def test_the_bits_do_not_depend_on_batches(assert_same_bits):
         assert_same_bits(list(part), [value[start:stop] for value in whole])
 
 
+def test_the_bits_do_not_depend_on_threads_either(assert_same_bits):
+    """Of samples long enough to be shared out, in batches and parts of batches."""
+    chain = SCHEDULE.spaced([0, 10, 29])
+    x_start = fd.randn((3, 70001), 1).clamp(-1, 1)
+
+    def bits(start, stop, batch_t):
+        return list(
+            likelihood.calc_bpd_loop(
+                lambda x, t: torch.sin(x) - t[:, None] / T, x_start[start:stop], chain, seed=5,
+                sample_offset=start, batch_t=batch_t,
+            )
+        )  # fmt: skip
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [bits(0, 3, 1), bits(0, 3, 2)]
+            parts = [bits(0, 1, 1), bits(1, 3, 3)]
+            found.append([torch.cat(pieces) for pieces in zip(*parts, strict=True)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
 def test_the_parts_are_those_of_their_functions():
     x_start = pair()[0]
     got = likelihood.calc_bpd_loop(half_model, x_start, SCHEDULE, seed=5, **OPTIONS)
@@ -484,6 +548,7 @@ ZERO_SNR = SCHEDULE.rescaled_zero_terminal_snr()
         (call, dict(variance="fixed"), ValueError, "variance"),
         (call, dict(clip=(1.0, -1.0)), ValueError, "clip"),
         (call, dict(floor=0.0), ValueError, "floor"),
+        (call, dict(floor="1"), TypeError, "floor must be a real number"),
         (call, dict(schedule=ZERO_SNR), ValueError, "alpha_t is 0"),
         (loop, dict(model=None), TypeError, "model"),
         (loop, dict(model=lambda x, t: x[:, :1]), ValueError, "model_output"),
@@ -497,6 +562,21 @@ ZERO_SNR = SCHEDULE.rescaled_zero_terminal_snr()
 def test_bad_arguments_are_named(function, change, error, names):
     with pytest.raises(error, match=names):
         function(**change)
+
+
+def test_elementwise_functions_take_floating_tensors():
+    """normal_kl took a number's dtype from an integer tensor beside it: 0.5 became 0."""
+    x = torch.zeros(3)
+    with pytest.raises(TypeError, match="mean1 must be one of float32"):
+        likelihood.normal_kl(x.long(), 0.5, 0.0, 0.0)
+    with pytest.raises(TypeError, match="must be a tensor, not all numbers"):
+        likelihood.normal_kl(0.0, 0.5, 0.0, 0.0)
+    for name in ("x", "means", "log_scales"):
+        given = dict(x=x, means=x, log_scales=x)
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, not float"):
+            likelihood.discretized_gaussian_log_likelihood(**given | {name: 0.0})
+        with pytest.raises(TypeError, match=f"{name} must be one of float32"):
+            likelihood.discretized_gaussian_log_likelihood(**given | {name: x.long()})
 
 
 def test_what_is_undefined_is_refused_before_the_model_runs():

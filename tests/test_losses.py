@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.adamw import adamw
 
 import fastdiff as fd
 from fastdiff.ops.call_loss import call_loss
 from fastdiff.ops.loss import BOUND, COLUMNS, ERROR, X_START, LossSpec
+from fastdiff.training.tables import PREDICTION_TYPES
 from fastdiff.training.weighting import MinSNR
 from tests.conftest import load_helper
 
@@ -141,6 +144,18 @@ def test_weightings_multiply(backend):
     torch.testing.assert_close(total, plain * 140, rtol=1e-12, atol=0)
 
 
+def test_the_pseudo_huber_metric_of_a_norm(backend):
+    """Song & Dhariwal 2024, eq. 8: sqrt(||a - b||^2 + c^2) - c, as loss() says to make it."""
+    x, o, c = data(SIZES, 1), data(SIZES, 2).requires_grad_(), 0.03
+    squares = fd.training.loss(o, x, T, CHAIN, target="sample", reduction="sum")
+    got = (squares + c * c).sqrt() - c
+    norms = torch.linalg.vector_norm((x - o).flatten(1), dim=1)
+    want = (norms**2 + c * c).sqrt() - c
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(v.sum(), o, retain_graph=True)[0] for v in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=0)
+
+
 def test_a_target_of_ones_own(backend):
     x, o, own = data(SIZES, 1), data(SIZES, 2), data(SIZES, 3)
     loss = fd.training.loss(o, x, 3, CHAIN, target=own, kind="l1")
@@ -204,17 +219,21 @@ def plain_hybrid(o, x, x_t, z, t, variance, prediction_type, weight):
     alpha, sigma = at(CHAIN.alpha_t, t), at(CHAIN.sigma_t, t)
     channels = x.shape[1]
     mean_out, v = o[:, :channels], o[:, channels:]
-    target = {"epsilon": z, "sample": x, "v_prediction": alpha * z - sigma * x}[prediction_type]
+    c1, c2 = at(CHAIN.posterior_mean_coef1, t), at(CHAIN.posterior_mean_coef2, t)
+    target = {
+        "epsilon": z, "sample": x, "v_prediction": alpha * z - sigma * x, "flow": z - x,
+        "previous": c1 * x + c2 * x_t,
+    }[prediction_type]  # fmt: skip
     mse = ((target - mean_out) ** 2).mean(dim=(1, 2, 3))
     held = mean_out.detach()
     x_start = {
         "epsilon": (x_t - sigma * held) / alpha, "sample": held,
-        "v_prediction": alpha * x_t - sigma * held,
+        "v_prediction": alpha * x_t - sigma * held, "flow": (x_t - sigma * held) / (alpha + sigma),
+        "previous": (held - c2 * x_t) / c1,
     }[prediction_type]  # fmt: skip
     small, large = at(CHAIN.posterior_log_variance_clipped, t), at(np.log(CHAIN.betas), t)
     f = (v + 1) / 2
     log_variance = f * large + (1 - f) * small if variance == "learned_range" else v
-    c1, c2 = at(CHAIN.posterior_mean_coef1, t), at(CHAIN.posterior_mean_coef2, t)
     true = torch.distributions.Normal(c1 * x + c2 * x_t, (small / 2).exp())
     model = torch.distributions.Normal(c1 * x_start + c2 * x_t, (log_variance / 2).exp())
     bits = torch.distributions.kl_divergence(true, model).mean(dim=(1, 2, 3)) / math.log(2.0)
@@ -222,7 +241,7 @@ def plain_hybrid(o, x, x_t, z, t, variance, prediction_type, weight):
 
 
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_the_hybrid_loss_is_nichols(backend, prediction_type, variance):
     t = torch.tensor([2, 7, 19])
     x, o = data(SIZES, 1), data((3, 8, 5, 7), 2).requires_grad_()
@@ -241,23 +260,26 @@ def test_the_hybrid_loss_is_nichols(backend, prediction_type, variance):
 
 
 def test_the_hybrid_loss_in_low_precision(backend):
+    """Against float64 of the numbers as they were rounded."""
     t = torch.tensor([0, 7, 19])  # t = 0 is the likelihood of 256 bins
     x = (data(SIZES, 1).clamp(-1, 1) * 127.5).round() / 127.5
-    o = data((3, 8, 5, 7), 2)
-    exact = fd.training.hybrid_loss(
-        o, x, fd.q_sample(x, t, CHAIN, noise=data(SIZES, 4)), t, CHAIN, noise=data(SIZES, 4),
-        vlb_weight=1.0,
-    )  # fmt: skip
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        z = data(SIZES, 4, dtype)
-        x_t = fd.q_sample(x.to(dtype), t, CHAIN, noise=z)
-        leaf = o.to(dtype).requires_grad_()
-        terms = fd.training.hybrid_loss(leaf, x.to(dtype), x_t, t, CHAIN, noise=z, vlb_weight=1.0)
-        assert terms.loss.dtype == torch.float32
-        for a, b in zip(terms, exact, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=0)
-        (gradient,) = torch.autograd.grad(terms.loss.sum(), leaf)
-        assert gradient.dtype == dtype and gradient.isfinite().all()
+    # (of the losses, of a gradient against the largest of its sample)
+    for dtype, tolerances in ((torch.float32, (1e-5, 1e-5)), (torch.bfloat16, (1e-5, 2**-8))):
+        x_start, z, o = x.to(dtype), data(SIZES, 4, dtype), data((3, 8, 5, 7), 2, dtype)
+        x_t = fd.q_sample(x_start, t, CHAIN, noise=z)
+        found = []
+        for given in ((o, x_start, x_t, z), [v.double() for v in (o, x_start, x_t, z)]):
+            leaf = given[0].clone().requires_grad_()
+            terms = fd.training.hybrid_loss(
+                leaf, *given[1:3], t, CHAIN, noise=given[3], vlb_weight=1.0
+            )
+            found.append((terms, torch.autograd.grad(terms.loss.sum(), leaf)[0]))
+        (terms, gradient), (exact_terms, exact) = found
+        assert terms.loss.dtype == torch.float32 and gradient.dtype == dtype
+        for a, b in zip(terms, exact_terms, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=tolerances[0], atol=0)
+        error = (gradient.double() - exact).flatten(1).abs().amax(1)
+        assert (error <= tolerances[1] * exact.flatten(1).abs().amax(1)).all()
 
 
 # Derivatives.
@@ -279,9 +301,11 @@ EVERYTHING = columns(
 )  # fmt: skip
 SPECS = {
     "mse": LossSpec(ERROR, error=31, clamp=3, rho=0),
+    "l1": LossSpec(ERROR, error=7, rho=1),
     "pseudo-huber": LossSpec(ERROR, error=23, rho=3),
     "huber": LossSpec(ERROR, error=7, rho=2),
     "bound": LossSpec(BOUND, bound=15, clamp=3),
+    "likelihood": LossSpec(BOUND, bound=7, learned=True),
     "learned": LossSpec(ERROR | BOUND | X_START, error=31, bound=15, clamp=3, learned=True),
     "density": LossSpec(BOUND, bound=15, clamp=2, density=True, learned=True),
 }
@@ -296,12 +320,12 @@ def test_gradcheck(backend, name, guided):
     outputs = [data((2, channels, 3), k).requires_grad_() for k in range(1 + guided)]
     x, y, z = (data((2, 2, 3), 5 + k) for k in range(3))
     scale = torch.tensor([1.5, -0.3]) if guided else None
+    table = EVERYTHING.clone()
+    table[:, COLUMNS.index("discretized")] = name == "likelihood"
 
     def f(*tensors):
         *given, x, y, z = tensors
-        return call_loss(
-            spec, given, x, y, EVERYTHING, rows, noise=[z], guidance_scale=scale
-        )  # fmt: skip
+        return call_loss(spec, given, x, y, table, rows, noise=[z], guidance_scale=scale)
 
     assert torch.autograd.gradcheck(f, (*outputs, x, y, z))
     everything = (*outputs, *(v.requires_grad_() for v in (x, y, z)))
@@ -309,6 +333,26 @@ def test_gradcheck(backend, name, guided):
     if name == "pseudo-huber":
         assert torch.autograd.gradgradcheck(f, everything)
         assert torch.autograd.gradgradcheck(f, (*outputs, x.detach(), y.detach(), z.detach()))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_gradcheck_of_hybrid_losses(backend, prediction_type):
+    """By what each part trains: the bound the variance alone, the error the prediction alone."""
+    x, x_t, z, mean, v = (0.5 * data((3, 2, 3), k) for k in range(5))
+
+    def parts(mean, v):
+        return fd.training.hybrid_loss(
+            torch.cat([mean, v], dim=1), x, x_t, T, CHAIN, prediction_type=prediction_type, noise=z
+        )
+
+    mean, v = (value.requires_grad_() for value in (mean, v))
+    assert torch.autograd.gradcheck(lambda mean: parts(mean, v.detach()).mse, mean)
+    assert torch.autograd.gradcheck(lambda v: parts(mean.detach(), v).vb, v)
+    by_v, by_mean = (
+        torch.autograd.grad(getattr(parts(mean, v), part).sum(), leaf)[0]
+        for part, leaf in (("mse", v), ("vb", mean))
+    )
+    assert not by_v.any() and not by_mean.any()
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -408,6 +452,45 @@ def test_a_compiled_training_step(backend, assert_same_bits):
     assert counter.frame_count <= 2  # once as a constant, once for any step
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+    reason="this torch compiles no backward inside a function",
+)
+def test_a_whole_training_step_is_one_graph(assert_same_bits):
+    """x_t, model, loss, backward and AdamW; the optimizers' own step() breaks every graph."""
+    x = data(SIZES, 1, torch.float32)
+    counter, found = CompileCounterWithBackend("aot_eager"), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(7, 7)
+        weights = list(model.parameters())
+        moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+        counts = [torch.zeros(()) for _ in weights]
+
+        def step(t, k, model=model, weights=weights, moments=moments, counts=counts):
+            x_t = fd.q_sample(x, t, CHAIN, seed=1, step=k)
+            losses = fd.training.loss(model(x_t), x, t, CHAIN, target="v", seed=1, step=k)
+            gradients = torch.autograd.grad(losses.mean(), weights)
+            with torch.no_grad():
+                adamw(
+                    weights, list(gradients), *moments, [], counts, foreach=False, amsgrad=False,
+                    beta1=0.9, beta2=0.99, lr=0.125, weight_decay=0.0, eps=1e-8, maximize=False,
+                )  # fmt: skip
+            return losses.detach()
+
+        run = torch.compile(step, fullgraph=True, backend=counter) if compiled else step
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            first, _, last = [run(T, k) for k in (3, 4, 5)]
+        found.append((first, last, weights))
+    (eager_first, eager_last, eager), (first, last, weights) = found
+    assert_same_bits(first, eager_first)
+    # The bias corrections 1 - beta^k are a tensor's in the graph, a Python float's outside.
+    torch.testing.assert_close(weights, eager, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, eager_last, rtol=1e-5, atol=0)
+    assert not torch.equal(last, first)
+    assert counter.frame_count <= 2
+
+
 def test_compiled_code_runs_the_fused_passes_both_ways():
     name = backends.use("native")
     x, o = data(SIZES, 1, torch.float32), data(SIZES, 2, torch.float32).requires_grad_()
@@ -419,6 +502,34 @@ def test_compiled_code_runs_the_fused_passes_both_ways():
         compiled(o).backward()
     ran = {event.key for event in profile.key_averages()}
     assert {"fastdiff_native::loss", "fastdiff_native::loss_grad"} <= ran
+
+
+def test_a_weighting_made_in_compiled_code_keeps_its_parameters(assert_same_bits):
+    """It had those of its class: torch.compile forgets attributes on the way to the table."""
+    x, o = data(SIZES, 1, torch.float32), data(SIZES, 2, torch.float32)
+    w = torch.from_numpy(MinSNR(1.5)(CHAIN).copy()).float()[T]
+    assert not torch.equal(w, torch.from_numpy(MinSNR()(CHAIN)).float()[T])
+
+    def f(o):
+        return fd.training.loss(o, x, T, CHAIN, seed=1, weighting=MinSNR(1.5))
+
+    weighted = torch.compile(f, fullgraph=True, backend="eager")(o)
+    assert_same_bits(weighted, f(o))
+    plain = fd.training.loss(o, x, T, CHAIN, seed=1)
+    torch.testing.assert_close(weighted, plain * w, rtol=1e-6, atol=0)
+
+
+def test_tensors_without_values():
+    """Shapes and dtypes alone, as export and memory planners ask."""
+    with FakeTensorMode():
+        x, t = torch.empty(SIZES, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int64)
+        for loss in (
+            fd.training.loss(x, x, t, CHAIN, seed=0),
+            fd.training.score_matching_loss(x, x, t, CHAIN, seed=0),
+            fd.training.preconditioned_loss(x, x, torch.empty(3), seed=0),
+            fd.training.hybrid_loss(torch.cat([x, x], 1), x, x, t, CHAIN, seed=0).loss,
+        ):
+            assert loss.shape == (3,) and loss.dtype == torch.float32
 
 
 # Refusals.
@@ -488,6 +599,23 @@ def loss(*args, **options):
         ),
         (lambda: fd.training.check_finite([1.0], 3), TypeError, "loss must be a torch.Tensor"),
         (lambda: fd.training.check_finite(X, 3), ValueError, r"loss must have shape \(B,\)"),
+        (
+            lambda: fd.training.check_finite(X[0], torch.tensor([1, 2])), ValueError,
+            r"t must have shape \(6,\) or \(1,\), not \(2,\)",
+        ),
+        (
+            lambda: fd.training.hybrid_loss(torch.cat([Y, Y], 1), X, X, 40, CHAIN, seed=0),
+            ValueError, r"t must be in \[0, 40\), not 40",
+        ),
+        (
+            lambda: fd.training.hybrid_loss(
+                torch.cat([Y, Y], 1), X, X, 3, CHAIN, seed=0, prediction_type="score"
+            ), ValueError, "prediction_type must be one of epsilon",
+        ),
+        (
+            lambda: fd.training.score_matching_loss(Y, X, torch.tensor([0, 40]), CHAIN, seed=0),
+            ValueError, r"t must be in \[0, 40\), but has 0 to 40",
+        ),
     ],
 )  # fmt: skip
 def test_refusals(call, error, message):

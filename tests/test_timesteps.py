@@ -79,6 +79,28 @@ def test_weights_undo_the_sampling():
     np.testing.assert_allclose(counts, p, atol=6 * math.sqrt(0.25 / 20000))
 
 
+class Given:
+    """Stands in for a generator: draws what it is told, and keeps the probabilities."""
+
+    def choice(self, count, size, p):
+        self.p = p
+        return np.arange(count)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_estimate_is_unbiased_for_any_losses(monkeypatch, warm):
+    """E_t[weight L_t] = sum p_t weight_t L_t, exactly, of losses that are not those seen before."""
+    seen = np.geomspace(1e-3, 50.0, 8)[:, None] * np.ones(3)
+    sampler = filled(seen) if warm else LossSecondMomentResampler(CHAIN)
+    draw = Given()
+    monkeypatch.setattr(np.random, "choice", draw.choice)
+    t, weights = sampler.sample(8)
+    assert t.tolist() == list(range(8)) and (np.ptp(draw.p) > 0.1) == warm
+    for losses in (np.arange(8.0), np.cos(np.arange(8.0)), np.eye(8)[3]):
+        expected = float((draw.p * weights.double().numpy() * losses).sum())
+        assert expected == pytest.approx(losses.mean(), rel=1e-6)  # weights are float32
+
+
 def test_losses_that_are_all_zero_leave_it_uniform():
     assert (filled(np.zeros((8, 3))).weights() == 1).all()
 
@@ -179,6 +201,12 @@ def test_processes_share_their_losses(tmp_path):
                 torch.tensor([1]), torch.zeros(2)
             ),
             ValueError, "local_losses",
+        ),
+        (
+            lambda: filled(np.ones((8, 3))).update_with_local_losses(
+                torch.tensor([True]), torch.zeros(1)
+            ),
+            ValueError, "local_ts must be an integer tensor",
         ),
         (lambda: filled(np.ones((8, 3))).load_state_dict({}), ValueError, "state"),
         (

@@ -64,6 +64,24 @@ def test_sigmoid_is_of_the_log_snr():
     close(Sigmoid(1.0)(CHAIN, "sample"), np.e / (1 + np.exp(1 - np.log(SNR))))
 
 
+def test_sigmoid_with_the_step_of_log_snr_is_an_integral_over_it():
+    """Kingma & Gao: the objective is then that of log snr, whatever the schedule. The cost here
+    vanishes at both ends of the chains."""
+    level = np.linspace(-15, 15, 200001)
+    cost = np.exp(-((level - 1) ** 2) / 6)
+    integral = (cost / (1 + np.exp(level - 0.5))).sum() * (level[1] - level[0])
+
+    def weighting(schedule):
+        return -np.gradient(schedule.log_snr) * Sigmoid(0.5)(schedule, "epsilon")
+
+    for schedule in (fd.schedules.linear(1000), fd.schedules.cosine(1000)):
+        w = fd.training.weights(weighting, schedule)
+        total = (w * np.exp(-((schedule.log_snr - 1) ** 2) / 6)).sum()
+        assert total == pytest.approx(integral, rel=1e-4)
+        plain = (Sigmoid(0.5)(schedule) * np.exp(-((schedule.log_snr - 1) ** 2) / 6)).mean()
+        assert abs(plain / integral - 1) > 0.1  # without it the schedule decides
+
+
 def test_edm_is_the_inverse_square_of_c_out():
     sigma = VE.sigma_t
     for sigma_data in (0.5, 1.3):

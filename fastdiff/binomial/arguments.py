@@ -10,8 +10,8 @@ from fastdiff.ops.call import compute_dtype
 from fastdiff.ops.checks import FLOATING, check_sample
 
 __all__ = [
-    "BITS", "as_stored", "beside", "check_bits", "check_prediction", "check_schedule",
-    "check_seed", "mixes", "table_dtype",
+    "BITS", "as_stored", "beside", "check_bits", "check_model", "check_prediction",
+    "check_schedule", "check_seed", "mixes", "table_dtype",
 ]  # fmt: skip
 
 BITS = (*FLOATING, torch.uint8, torch.bool)
@@ -28,6 +28,11 @@ def check_prediction(prediction_type: object) -> None:
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTIONS)}, not {prediction_type!r}"
         )
+
+
+def check_model(model: object) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable, not {type(model).__name__}")
 
 
 def check_bits(name: str, value: object, like_name: str = "", like: Tensor | None = None) -> None:

@@ -12,6 +12,7 @@ from fastdiff.backends import operation
 from fastdiff.binomial.arguments import (
     beside,
     check_bits,
+    check_model,
     check_prediction,
     check_schedule,
     table_dtype,
@@ -141,8 +142,10 @@ def variational_bound(
 
     Source: Sohl-Dickstein et al. 2015, eq. 14 and appendix A. No gradient is kept.
     """
+    check_model(model)
     check_bits("x_start", x_start)
     check_schedule(schedule)
+    check_prediction(prediction_type)
     if check_int("draws", draws) < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     if last_step not in ("model", "forward"):

@@ -13,6 +13,7 @@ from fastdiff.binomial.arguments import (
     as_stored,
     beside,
     check_bits,
+    check_model,
     check_prediction,
     check_schedule,
     check_seed,
@@ -207,6 +208,7 @@ def sample(
         dtype: floating, uint8 or bool.
         others: as in p_sample. No gradient is kept.
     """
+    check_model(model)
     sizes = check_shape(shape)
     check_schedule(schedule)
     check_prediction(prediction_type)

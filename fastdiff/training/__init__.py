@@ -28,7 +28,7 @@ from fastdiff.training.losses import (
     loss,
     score_matching_loss,
 )
-from fastdiff.training.preconditioned import edm_scalings, preconditioned_loss
+from fastdiff.training.preconditioned import Scalings, edm_scalings, preconditioned_loss
 from fastdiff.training.timesteps import (
     LogitNormalSampler,
     LossAwareSampler,
@@ -46,6 +46,7 @@ __all__ = [
     "LogitNormalSampler",
     "LossAwareSampler",
     "LossSecondMomentResampler",
+    "Scalings",
     "ScheduleSampler",
     "UniformSampler",
     "Weighting",

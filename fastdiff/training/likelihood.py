@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdiff.ops.call import call_step, compute_dtype, noise_from, pack_table
 from fastdiff.ops.call_loss import call_loss
-from fastdiff.ops.checks import check_like, check_sample, resolve_rows
+from fastdiff.ops.checks import check_floating, check_like, check_sample, resolve_rows
 from fastdiff.ops.exp import exp
 from fastdiff.ops.forward import _check_one_noise, _check_schedule, q_sample
 from fastdiff.ops.held import held
@@ -33,7 +33,7 @@ from fastdiff.ops.tables import per_sample
 from fastdiff.progress import track
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.schedules._values import FloatArray, as_flag, as_int
-from fastdiff.solvers.checks import check_clip
+from fastdiff.solvers.checks import check_clip, check_positive
 from fastdiff.training.isotropic_limit import warn_unless_isotropic
 from fastdiff.training.tables import (
     OUTPUT,
@@ -57,11 +57,15 @@ def normal_kl(
 
         0.5 (logvar2 - logvar1 - 1 + e^(logvar1 - logvar2) + (mean1 - mean2)^2 e^-logvar2)
 
-    Raises TypeError when none of the four is a tensor.
+    Raises TypeError when none of the four is a tensor, or a tensor is not floating.
     """
-    like = next((v for v in (mean1, logvar1, mean2, logvar2) if isinstance(v, Tensor)), None)
-    if like is None:
+    given = {"mean1": mean1, "logvar1": logvar1, "mean2": mean2, "logvar2": logvar2}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not tensors:
         raise TypeError("mean1, logvar1, mean2 or logvar2 must be a tensor, not all numbers")
+    for name, value in tensors.items():
+        check_floating(name, value.dtype)
+    like = next(iter(tensors.values()))
     log1, log2 = (
         v if isinstance(v, Tensor) else torch.tensor(v, dtype=like.dtype, device=like.device)
         for v in (logvar1, logvar2)
@@ -82,8 +86,13 @@ def discretized_gaussian_log_likelihood(
         x, means, log_scales: floating, one shape. float64 where one of them is, else float32 math.
         floor: the result is at least -floor, in nats.
 
-    Raises ValueError unless the three shapes agree, or where floor is not > 0.
+    Raises TypeError for what is not floating, ValueError unless the three shapes agree, or where
+    floor is not > 0.
     """
+    for name, value in (("x", x), ("means", means), ("log_scales", log_scales)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+        check_floating(name, value.dtype)
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(
             "x, means and log_scales must have one shape, not "
@@ -98,10 +107,7 @@ def discretized_gaussian_log_likelihood(
 
 
 def _check_floor(floor: float) -> float:
-    value = float(floor)
-    if not value > 0:
-        raise ValueError(f"floor must be > 0 nats, not {floor}")
-    return value
+    return math.inf if floor == math.inf else check_positive("floor", floor)
 
 
 def bound_terms(

@@ -29,15 +29,22 @@ from fastdiff.solvers.checks import check_choice, check_clip, check_positive
 from fastdiff.training.tables import (
     LEARNED,
     NOISE,
-    OUTPUT,
-    X_0,
-    X_T,
     BoundKind,
     bound_spec,
     pack_columns,
     table_of,
+    target_columns,
+    target_mask,
 )
-from fastdiff.training.weighting import TARGETS, AnyWeighting, Weighting, weighting_of, weights
+from fastdiff.training.weighting import (
+    TARGETS,
+    AnyWeighting,
+    Weighting,
+    from_parts,
+    parts_of,
+    weighting_of,
+    weights,
+)
 
 __all__ = [
     "KINDS", "REDUCTIONS", "HybridLoss", "check_finite", "check_kind", "check_one", "hybrid_loss",
@@ -47,6 +54,7 @@ __all__ = [
 KINDS = dict(zip(("mse", "l1", "huber", "pseudo_huber"), range(len(RHOS)), strict=True))
 REDUCTIONS = ("mean", "sum")
 GIVEN = "given"  # the target is a tensor
+_COLUMNS_OF = {"v": "v_prediction", GIVEN: "sample"}  # other names than target_columns has
 
 
 class NoiseAgain(NamedTuple):
@@ -99,33 +107,8 @@ def check_kind(kind: str, delta: float, reduction: str) -> float:
 
 @remembered
 def _spec(target: str, from_x_t: bool, kind: str, dtype: torch.dtype, fast: bool) -> LossSpec:
-    reads = {
-        "epsilon": NOISE, "score": NOISE, "sample": X_0, GIVEN: X_0, "v": X_0 | NOISE,
-        "flow": X_0 | NOISE,
-    }[target]  # fmt: skip
-    if from_x_t and reads & NOISE:
-        reads = X_0 | X_T
-    return LossSpec(ERROR, error=reads | OUTPUT, rho=KINDS[kind], noise_dtype=dtype, fast=fast)
-
-
-def _target(schedule: Schedule, target: str, from_x_t: bool) -> dict[str, FloatArray]:
-    """Coefficients of the target over x_0, x_t and the noise."""
-    alpha, sigma = schedule.alpha_t, schedule.sigma_t
-    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        of_x, of_z = {
-            "epsilon": (zero, one), "sample": (one, zero), GIVEN: (one, zero),
-            "v": (-sigma, alpha), "flow": (-one, one), "score": (zero, -1.0 / sigma),
-        }[target]  # fmt: skip
-        columns = {"e_x": of_x, "e_z": of_z}
-        if from_x_t and of_z.any():  # z = (x_t - alpha x_0) / sigma
-            columns = {"e_x": of_x - of_z * alpha / sigma, "e_y": of_z / sigma}
-    for name, values in columns.items():
-        wrong = ~np.isfinite(values)
-        refuse_where(
-            f"schedule: target {target!r} is undefined, {name}", values, wrong, "be finite"
-        )
-    return columns
+    error = target_mask(_COLUMNS_OF.get(target, target), from_x_t)
+    return LossSpec(ERROR, error=error, rho=KINDS[kind], noise_dtype=dtype, fast=fast)
 
 
 def _table(
@@ -134,13 +117,16 @@ def _table(
 ) -> Tensor:  # fmt: skip
     weight: FloatArray | float = 1.0
     if weighting is not None:
-        weight = weights(weighting, schedule, "" if target == GIVEN else target)
+        weight = weights(from_parts(weighting), schedule, "" if target == GIVEN else target)
+    columns = target_columns(schedule, _COLUMNS_OF.get(target, target), 1, from_x_t)
+    for name, values in columns.items():
+        values = np.broadcast_to(values, len(schedule))
+        refuse_where(
+            f"schedule: target {target!r} is undefined, {name}", values, ~np.isfinite(values),
+            "be finite",
+        )  # fmt: skip
     rows = pack_columns(
-        schedule.num_timesteps,
-        {
-            **_target(schedule, target, from_x_t),
-            "e_o": -1.0, "delta": delta, "error_scale": weight * scale,
-        },
+        len(schedule), {**columns, "delta": delta, "error_scale": weight * scale}
     )  # fmt: skip
     return torch.from_numpy(rows).to(device=device, dtype=dtype)
 
@@ -184,7 +170,9 @@ def loss(
         x_t: instead of them, z = (x_t - alpha_t x_0) / sigma_t. Reads a tensor more, and loses
             digits to cancellation where sigma_t is small.
         kind: rho(e): "mse" e^2, "l1" |e|, "huber" e^2/2 or delta (|e| - delta/2) beyond delta,
-            "pseudo_huber" sqrt(e^2 + delta^2) - delta (Song & Dhariwal 2024, eq. 8).
+            "pseudo_huber" sqrt(e^2 + delta^2) - delta (Charbonnier et al. 1994). All are of one
+            element; that of Song & Dhariwal 2024, eq. 8, is of the norm of a sample:
+            (loss(.., reduction="sum") + delta^2).sqrt() - delta, with "mse".
         delta: > 0.
         weighting: w: a name of fastdiff.training.weighting.NAMES such as "min_snr", a Weighting
             with its parameters, a function of the schedule that returns (T,) numbers (keep it: its
@@ -252,8 +240,8 @@ def _loss(
     if reduction == "mean":
         scale /= max(model_output.numel() // batch, 1)
     table = held(
-        schedule.fingerprint, _table, schedule, name, x_t is not None, weighting, delta, scale,
-        device, compute_dtype(model_output.dtype),
+        schedule.fingerprint, _table, schedule, name, x_t is not None, parts_of(weighting), delta,
+        scale, device, compute_dtype(model_output.dtype),
     )  # fmt: skip
     return call_loss(
         spec, [model_output], x, x_t, table, rows, noise=z, keys=keys, counter=counter,
@@ -334,8 +322,8 @@ def hybrid_loss(
     Args:
         model_output: (B, 2C, ...): the prediction, then the variance's channels.
         x_start, x_t: (B, C, ...); x_t of q_sample with the noise named here.
-        prediction_type: "epsilon", "sample", "v_prediction" or "flow"; the target is made of the
-            noise for all but "sample".
+        prediction_type: "epsilon", "sample", "v_prediction", "flow", or "previous": the output is
+            the mean of x_{t-1}. The target of "sample" and "previous" is made without the noise.
         variance: "learned_range" or "learned".
         vlb_weight: lambda.
         clip: bounds of the predicted x_0 in the bound, or None.
@@ -375,23 +363,25 @@ def check_finite(loss: Tensor, t: int | Tensor) -> Tensor:
 
     Args:
         loss: (B,).
-        t: int, or (B,) or (1,): what the error says.
+        t: int, or a tensor (B,) or (1,): what the error says.
 
     Raises:
         FloatingPointError: naming the first sample whose loss is not finite, and its t.
-        ValueError, TypeError: loss is no (B,) tensor.
+        ValueError, TypeError: loss is no (B,) tensor, or t no number for each.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
     if loss.dim() != 1:
         raise ValueError(f"loss must have shape (B,), not {tuple(loss.shape)}")
+    at = torch.as_tensor(t).reshape(-1)
+    if at.numel() not in (1, len(loss)):
+        raise ValueError(f"t must have shape ({len(loss)},) or (1,), not {tuple(at.shape)}")
     values = loss.detach().to("cpu", torch.float64).numpy()
     wrong = ~np.isfinite(values)
     if wrong.any():
         b = int(np.argmax(wrong))
-        at = torch.as_tensor(t).reshape(-1).expand(len(values))[b].item()
         raise FloatingPointError(
-            f"loss[{b}] is {values[b]} at t = {at}; {int(wrong.sum())} of "
-            f"{len(values)} samples are not finite"
+            f"loss[{b}] is {values[b]} at t = {at.expand(len(values))[b].item()}; "
+            f"{int(wrong.sum())} of {len(values)} samples are not finite"
         )
     return loss

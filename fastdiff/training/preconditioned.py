@@ -112,7 +112,8 @@ def preconditioned_loss(
             f"sigma must have shape ({batch},) or (1,) on {device}, not {tuple(sigma.shape)} on "
             f"{sigma.device}"
         )
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(sigma) is Tensor  # a FakeTensor has no values
+    readable = plain and device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not bool((sigma > 0).all() & sigma.isfinite().all()):
         raise ValueError(f"sigma must be finite and > 0, not {sigma}")
     s = check_positive("sigma_data", sigma_data)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdiff.ops.held import held
 from fastdiff.ops.loss import BOUND, COLUMNS, ERROR, X_START, LossSpec
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.schedules import NoiseSchedule, Schedule
 from fastdiff.schedules._values import FloatArray
 from fastdiff.solvers import prediction
 from fastdiff.solvers.checks import check_choice
@@ -104,34 +104,47 @@ def bound_spec(kind: BoundKind) -> LossSpec:
     return replace(spec, terms=terms)
 
 
-def target_mask(prediction_type: str) -> int:
+def target_mask(prediction_type: str, from_x_t: bool = False) -> int:
     """The columns of target_columns, as LossSpec.error."""
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
     reads = {
         "epsilon": NOISE, "sample": X_0, "v_prediction": X_0 | NOISE, "flow": X_0 | NOISE,
-        "previous": X_0 | X_T,
-    }  # fmt: skip
-    return reads[prediction_type] | OUTPUT
+        "score": NOISE, "previous": X_0 | X_T,
+    }[prediction_type]  # fmt: skip
+    if from_x_t and reads & NOISE:
+        reads = X_0 | X_T
+    return reads | OUTPUT
 
 
 def target_columns(
-    schedule: NoiseSchedule, prediction_type: str, elements: int
+    schedule: Schedule, prediction_type: str, elements: int, from_x_t: bool = False
 ) -> dict[str, FloatArray | float]:
     """e = target - o and the mean of its square: columns of the error of a model's output.
 
-    (Ho et al. 2020, eq. 14; Salimans & Ho 2022 for v.) x is x_0, y is x_t, z the noise of x_t.
+    (Ho et al. 2020, eq. 14; Salimans & Ho 2022 for v; Vincent 2011 for the score.) x is x_0, y is
+    x_t, z the noise of x_t.
+
+    Args:
+        prediction_type: one of PREDICTION_TYPES, "previous" of a NoiseSchedule only, or "score".
+        from_x_t: z is not read but made of x_0 and x_t; not finite where sigma_t is 0.
     """
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     alpha, sigma = schedule.alpha_t, schedule.sigma_t
-    c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-    targets: dict[str, dict[str, FloatArray | float]] = {
-        "epsilon": {"e_z": 1.0},
-        "sample": {"e_x": 1.0},
-        "v_prediction": {"e_x": -sigma, "e_z": alpha},
-        "flow": {"e_x": -1.0, "e_z": 1.0},
-        "previous": {"e_x": c1, "e_y": c2},
-    }
-    return {**targets[prediction_type], "e_o": -1.0, "error_scale": _mean(elements)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        targets: dict[str, dict[str, FloatArray | float]] = {
+            "epsilon": {"e_z": 1.0},
+            "sample": {"e_x": 1.0},
+            "v_prediction": {"e_x": -sigma, "e_z": alpha},
+            "flow": {"e_x": -1.0, "e_z": 1.0},
+            "score": {"e_z": -1.0 / sigma},
+        }
+        if isinstance(schedule, NoiseSchedule):
+            c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+            targets["previous"] = {"e_x": c1, "e_y": c2}
+        columns = targets[prediction_type]
+        if from_x_t and "e_z" in columns:  # z = (x_t - alpha x_0) / sigma
+            of_x_t = columns["e_z"] / sigma
+            columns = {"e_x": columns.get("e_x", 0.0) - of_x_t * alpha, "e_y": of_x_t}
+    return {**columns, "e_o": -1.0, "error_scale": _mean(elements)}
 
 
 def bound_table(

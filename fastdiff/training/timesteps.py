@@ -144,7 +144,11 @@ class LossAwareSampler(ScheduleSampler):
         Args:
             local_ts: integers (B,); local_losses: floating (B,), one for each.
         """
-        if not isinstance(local_ts, Tensor) or local_ts.dim() != 1 or local_ts.is_floating_point():
+        if (
+            not isinstance(local_ts, Tensor)
+            or local_ts.dim() != 1
+            or (local_ts.is_floating_point() or local_ts.dtype == torch.bool)
+        ):
             raise ValueError("local_ts must be an integer tensor (B,)")
         if not isinstance(local_losses, Tensor) or local_losses.shape != local_ts.shape:
             raise ValueError(f"local_losses must be a tensor {tuple(local_ts.shape)}")

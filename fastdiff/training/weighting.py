@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fastdiff.solvers.checks import check_choice, check_positive
 
 __all__ = [
     "EDM",
+    "NAMES",
     "P2",
     "TARGETS",
     "Constant",
@@ -36,6 +37,8 @@ __all__ = [
     "Sigmoid",
     "TruncatedSNR",
     "Weighting",
+    "from_parts",
+    "parts_of",
     "weighting_of",
     "weights",
 ]  # fmt: skip
@@ -72,11 +75,6 @@ class Weighting:
 
     def _values(self, schedule: Schedule, target: str) -> Any:
         raise NotImplementedError
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Name and parameters, of plain types."""
-        return (type(self).__name__, *astuple(self))  # type: ignore[call-overload]
 
 
 def _checked(values: FloatArray, what: str) -> FloatArray:
@@ -138,10 +136,15 @@ class P2(Weighting):
 
 @dataclass(frozen=True)
 class Sigmoid(Weighting):
-    """sigmoid(bias - log snr) on epsilon (Kingma & Gao 2023, section 4; Hoogeboom et al. 2024).
+    """w(log snr) = sigmoid(bias - log snr) on epsilon (Kingma & Gao 2023, section 4), which is
+    e^bias sigmoid(log snr - bias) on x_0 (Hoogeboom et al. 2024).
 
-    Their objective is for log snr drawn evenly; with t drawn evenly multiply by -d log snr / dt
-    where that is wanted.
+    The factor of the loss of t and no more, like the other weightings of a chain: levels count as
+    often as the schedule has them. The papers' integral over log snr is the same for every
+    schedule; with t drawn evenly its weight has one factor more, -d log snr / dt:
+
+        def weighting(schedule):
+            return -np.gradient(schedule.log_snr) * Sigmoid(bias)(schedule, target)
     """
 
     bias: float = 0.0
@@ -239,6 +242,22 @@ def weighting_of(weighting: AnyWeighting) -> Weighting | Callable[[Schedule], An
             f"not {weighting!r}"
         )
     return weighting
+
+
+def parts_of(weighting: Any) -> Any:
+    """(type, *parameters) of a weighting that has parameters, for from_parts; others as they are.
+
+    torch.compile hands objects that compiled code makes to the function that fills a table, but
+    not the attributes they were given.
+    """
+    if not is_dataclass(weighting):
+        return weighting
+    return type(weighting), *(getattr(weighting, field.name) for field in fields(weighting))
+
+
+def from_parts(parts: Any) -> Any:
+    """The weighting that parts_of took apart."""
+    return parts[0](*parts[1:]) if isinstance(parts, tuple) else parts
 
 
 def weights(weighting: AnyWeighting, schedule: Schedule, target: str = "epsilon") -> FloatArray:

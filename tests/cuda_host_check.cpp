@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "include/bits.h"
 #include "include/loss.h"
 #include "include/params.h"
 
@@ -27,7 +28,7 @@ struct Buffers {
   std::vector<std::unique_ptr<char[]>> kept;
 
   Operand operator()(DType dtype, int64_t elements) {
-    const int64_t size = dtype == DType::f32 ? 4 : 2;
+    const int64_t size = dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
     kept.emplace_back(new char[static_cast<size_t>((elements + offset) * size)]());
     return {kept.back().get() + offset * size, dtype};
   }
@@ -162,6 +163,56 @@ void check_losses(DType state, DType model, int64_t n, int64_t offset) {
   check_loss(p, state, model, n, offset);
 }
 
+// Draws with and without logits, the bound of either model and its gradient.
+void check_bits(DType bits, DType model, int64_t n, int64_t offset) {
+  Buffers buffer{offset, {}};
+  const std::vector<float> table(2 * kBitsColumns, 0.5f), gradients(3, 1.0f);
+  const std::vector<int64_t> rows = {0, 1, 2};  // the last one is outside of the table
+  const auto share = [&](auto& p) {
+    p.batch = 3;
+    p.n = n;
+    p.table = table.data();
+    p.table_rows = 2;
+    p.rows = rows.data();
+    p.rows_stride = 1;
+  };
+  BitsParams p{};
+  share(p);
+  p.x = buffer(bits, 3 * n);
+  p.out = buffer(bits, 3 * n);
+  p.table_width = 2;
+  expect(launch_bits(p, nullptr) == 0, "bits failed");
+  p.logits = buffer(model, 3 * n);
+  p.table_width = 4;
+  expect(launch_bits(p, nullptr) == 0, "bits of logits failed");
+  p.logits.dtype = DType::f64;
+  expect(launch_bits(p, nullptr) != 0, "float64 logits were accepted");
+
+  BitsBoundParams bound{};
+  share(bound);
+  bound.table_width = kBitsColumns;
+  bound.logits = buffer(model, 3 * n);
+  bound.gradient = buffer(model, 3 * n);
+  bound.x_t = buffer(bits, 3 * n);
+  bound.x_start = buffer(bits, 3 * n);
+  for (int64_t count = n; count > 1 || bound.partial_stride == 0;) {
+    count = (count + 31) / 32;
+    bound.partial_stride += count;
+  }
+  std::vector<float> results(3), partials(static_cast<size_t>(3 * bound.partial_stride));
+  bound.results = results.data();
+  bound.partials = partials.data();
+  bound.gradients = gradients.data();
+  for (const bool mixture : {false, true}) {
+    bound.mixture = mixture;
+    expect(launch_bits_bound(bound, nullptr) == 0, "bits_bound failed");
+    expect(launch_bits_bound_grad(bound, nullptr) == 0, "bits_bound_grad failed");
+  }
+  bound.logits.dtype = DType::f64;
+  expect(launch_bits_bound(bound, nullptr) != 0, "float64 logits were accepted");
+  expect(launch_bits_bound_grad(bound, nullptr) != 0, "float64 logits were accepted");
+}
+
 }  // namespace
 
 int main() {
@@ -170,6 +221,8 @@ int main() {
       for (const DType state : kTypes) {
         check_randn(state, n, offset);
         check_chain(state, n, offset);
+        check_bits(state, state, n, offset);
+        check_bits(DType::u8, state, n, offset);
         for (const DType model : kTypes) {
           if (n < 9000 && (state == DType::f32 || state == model)) {
             check_losses(state, model, n, offset);

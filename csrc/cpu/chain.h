@@ -76,6 +76,8 @@ void chain_as(const ChainParams& p, int64_t first, int64_t last) {
       return chain_blocks<T, f16_t>(p, first, last);
     case DType::f64:
       return chain_blocks<T, double>(p, first, last);
+    case DType::u8:  // of bits alone
+      return;
   }
 }
 

@@ -1,5 +1,5 @@
-// Stand-ins for what nvcc knows, so that g++ compiles kernels.cu and the CPU runs it:
-//     g++ -x c++ -DFASTDIFF_CUDA_HOST -include csrc/cuda/host.h csrc/cuda/kernels.cu
+// Stand-ins for what nvcc knows, so that g++ compiles the kernels and the CPU runs them:
+//     g++ -x c++ -DFASTDIFF_CUDA_HOST -include csrc/cuda/host.h csrc/cuda/step.cu
 // A launch becomes a loop over blocks and threads; where threads wait for each other they are
 // fibers that take turns. It checks indexing, arithmetic, aliasing and that all threads reach a
 // barrier, not races.

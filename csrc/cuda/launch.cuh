@@ -1,7 +1,19 @@
-// How kernels are launched: what is known of each GPU, the grid, and the launch itself.
+// How kernels are launched: what is known of each GPU, the grid, and the launch itself. No launcher
+// allocates, synchronizes or reads the device, so every launch can be captured in a CUDA graph.
 #pragma once
 
 #include "memory.cuh"
+
+#if defined(FASTDIFF_CUDA_HOST)
+#define FD_LAUNCH(kernel, grid, stream, ...) \
+  ((void)(stream), fd_launch_on_host<kernel>((grid).blocks, (grid).threads, __VA_ARGS__))
+#define FD_LAUNCH_WAITING(kernel, grid, stream, ...) \
+  ((void)(stream), fd_launch_fibers_on_host<kernel>((grid).blocks, (grid).threads, __VA_ARGS__))
+#else
+#define FD_LAUNCH(kernel, grid, stream, ...) \
+  (kernel<<<(grid).blocks, (grid).threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
+#define FD_LAUNCH_WAITING FD_LAUNCH  // of a kernel whose threads wait for each other
+#endif
 
 namespace fastdiff {
 
@@ -164,5 +176,24 @@ inline Grid make_grid(int64_t batch, int64_t n, int width) {
   const int64_t tiles = ceil_div(n, static_cast<int64_t>(across) * width);
   return tiled_grid(tiles, ceil_div(batch, samples), dim3(across, samples));
 }
+
+// ---- what launchers ask of operands
+
+inline int size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2; }
+
+// Whether every sample of an operand (and every plane of samples) starts on 128 bits. An operand
+// that is not there is no obstacle. With one sample in one plane its length does not matter.
+inline bool is_aligned(const Operand& operand, int64_t n, bool single) {
+  if (!operand.data) return true;
+  const auto address = reinterpret_cast<uintptr_t>(operand.data);
+  return address % 16 == 0 && (single || n * size_of(operand.dtype) % 16 == 0);
+}
+
+inline bool is_f64(const Operand& operand) { return operand.data && operand.dtype == DType::f64; }
+
+// What 32-bit indices of samples and of Philox blocks reach.
+constexpr int64_t kMostSamples = int64_t{1} << 31, kMostElements = int64_t{1} << 34;
+
+inline bool fits(int64_t batch, int64_t n) { return batch <= kMostSamples && n <= kMostElements; }
 
 }  // namespace fastdiff

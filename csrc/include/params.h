@@ -134,7 +134,7 @@ struct BitsBoundParams {
   Operand gradient;       // of the shape of the logits
 };
 
-// Supplied by csrc/cpu/dispatch.cpp or csrc/cuda/kernels.cu, whichever the library is linked with.
+// Supplied by csrc/cpu/dispatch.cpp or csrc/cuda/*.cu, whichever the library is linked with.
 // stream is a cudaStream_t (null on the CPU). Returns 0, or the cudaError_t of the launch.
 int launch_randn(const RandnParams& params, void* stream);
 int launch_step(const StepParams& params, void* stream);

@@ -64,6 +64,7 @@ _INTERLEAVED = ("-fschedule-insns", "-fsched-pressure")
 # Linked by name to what torch has loaded by the time the library is. Threads are torch's as well,
 # through the stable ABI: no OpenMP here, and no second pool of threads.
 _LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
+_CUDA_KERNELS = ("cuda/step.cu", "cuda/loss.cu", "cuda/bits.cu")
 
 
 def cpu_target() -> Target:
@@ -90,7 +91,7 @@ def cpu_target() -> Target:
         flags=(*_HOST_FLAGS, *have),
         link_flags=_LINK_FLAGS,
         label="native CPU library",
-        seconds=20,
+        seconds=40,
     )
 
 
@@ -107,18 +108,16 @@ def cuda_target(archs: Sequence[str] | None = None) -> Target:
     has_torch_cuda = (_TORCH / "lib" / "libtorch_cuda.so").exists()
     cuda = ("-DUSE_CUDA", "-DFASTDIFF_CUDA")
     binding = ("-DFASTDIFF_NAMESPACE=fastdiff_native", "-DFASTDIFF_DISPATCH_KEY=CUDA")
+    kernels = (
+        "-fmad=false",
+        *("-t", "0"),  # architectures in parallel
+        *(f"-gencode=arch=compute_{number},code={code}" for number, code in pairs),
+    )
     return Target(
         name="native_cuda",
         sources=(
             Source("bindings/ops.cpp", flags=(*cuda, *binding)),
-            Source(
-                "cuda/kernels.cu",
-                flags=(
-                    "-fmad=false",
-                    *("-t", "0"),  # architectures in parallel
-                    *(f"-gencode=arch=compute_{number},code={code}" for number, code in pairs),
-                ),
-            ),
+            *(Source(path, flags=kernels) for path in _CUDA_KERNELS),
         ),
         flags=("-O3", "-std=c++17", "-Xcompiler", host, _STABLE_ABI),
         link_flags=(
@@ -136,16 +135,17 @@ def cuda_host_target() -> Target:
     """The CUDA sources compiled by the C++ compiler to run on the host: what tests execute."""
     host = ("-DFASTDIFF_CUDA_HOST",)
     binding = ("-DFASTDIFF_NAMESPACE=fastdiff_cuda_host", "-DFASTDIFF_DISPATCH_KEY=CPU")
+    kernels = ("-x", "c++", *host, "-include", "cuda/host.h")
     return Target(
         name="cuda_host",
         sources=(
             Source("bindings/ops.cpp", flags=(*host, *binding)),
-            Source("cuda/kernels.cu", flags=("-x", "c++", *host, "-include", "cuda/host.h")),
+            *(Source(path, flags=kernels) for path in _CUDA_KERNELS),
         ),
         flags=_HOST_FLAGS,
         link_flags=_LINK_FLAGS,
         label="CUDA library that runs on the host",
-        seconds=20,
+        seconds=40,
     )
 
 

@@ -72,7 +72,7 @@ def written_by(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
     if case.op == "chain":
         return [arguments[-1]]
     written: list[Tensor] = arguments[1]
-    return [written[0], *written[2:]] if case.op == "loss" else written
+    return [written[0], *written[2:]] if case.op in ("loss", "bits_bound") else written
 
 
 def launch(case: Case, backend: str, arguments: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ seeds on the device. On the device "meta" the arguments have no memory, which is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.noise import STREAM_Q_SAMPLE
-from fastdiff.ops import loss
-from fastdiff.ops.step import StepSpec, parse, step_arguments, unpack
+from fastdiff.ops import bits, loss, step
+from fastdiff.ops.step import StepSpec, step_arguments
 from fastdiff.ops.tables import host_table
 from fastdiff.plan import SolverPlan
-from fastdiff.profiling import loss_cases
+from fastdiff.profiling import bits_cases, loss_cases
 from fastdiff.program import Mode
 from fastdiff.schedules import NoiseSchedule, linear
 
@@ -42,20 +42,23 @@ class _Kind:
         about: the update, in the field's words.
         plan: the plan of a solver's case, from the schedule.
         guided: two model outputs.
-        draws: whether there is noise, and so an exact and a fast kernel.
+        draws: whether there are normals, and so an exact and a fast kernel.
+        op: the operation of fastdiff/ops/schemas.py.
     """
 
     about: str
     plan: Callable[[NoiseSchedule], SolverPlan] | None = None
     guided: bool = False
     draws: bool = False
+    op: str = "step"
 
 
+_GRADIENT = "its derivative by the model output"
 _KINDS = {
-    "randn": _Kind("seeded normals, stored", draws=True),
+    "randn": _Kind("seeded normals, stored", draws=True, op="randn"),
     "q_sample": _Kind("x_t = a x_0 + s z, its own t for every sample", draws=True),
     "q_posterior": _Kind("mean of q(x_{t-1} | x_t, x_0), its own t for every sample"),
-    "chain": _Kind(f"q(x_1..x_{CHAIN_STEPS} | x_0), every step stored", draws=True),
+    "chain": _Kind(f"q(x_1..x_{CHAIN_STEPS} | x_0), every step stored", draws=True, op="chain"),
     "ddpm": _Kind("DDPM step", lambda s: solvers.ddpm(s, 50, clip=None), draws=True),
     "ddpm_clipped": _Kind(
         "DDPM step, x_0 clipped to [-1, 1]", lambda s: solvers.ddpm(s, 50), draws=True
@@ -76,12 +79,16 @@ _KINDS = {
         "DPM-Solver++(2M) step with guidance", lambda s: solvers.dpm_solver(s, 20), guided=True
     ),
     "unipc": _Kind("UniPC-2 step with guidance", lambda s: solvers.unipc(s, 20), guided=True),
-    "mse": _Kind(loss_cases.ABOUT["mse"], draws=True),
-    "mse_grad": _Kind("its derivative by the model output", draws=True),
-    "hybrid": _Kind(loss_cases.ABOUT["hybrid"], draws=True),
-    "hybrid_grad": _Kind("its derivative by the model output", draws=True),
-    "log_prob": _Kind(loss_cases.ABOUT["log_prob"]),
-    "log_prob_grad": _Kind("its derivative by the model output"),
+    "mse": _Kind(loss_cases.ABOUT["mse"], draws=True, op="loss"),
+    "mse_grad": _Kind(_GRADIENT, draws=True, op="loss_grad"),
+    "hybrid": _Kind(loss_cases.ABOUT["hybrid"], draws=True, op="loss"),
+    "hybrid_grad": _Kind(_GRADIENT, draws=True, op="loss_grad"),
+    "log_prob": _Kind(loss_cases.ABOUT["log_prob"], op="loss"),
+    "log_prob_grad": _Kind(_GRADIENT, op="loss_grad"),
+    "bits_q_sample": _Kind(bits_cases.ABOUT["bits_q_sample"], op="bits"),
+    "bits_reverse": _Kind(bits_cases.ABOUT["bits_reverse"], op="bits"),
+    "bits_bound": _Kind(bits_cases.ABOUT["bits_bound"], op="bits_bound"),
+    "bits_bound_grad": _Kind(_GRADIENT, op="bits_bound_grad"),
 }
 NAMES = tuple(_KINDS)
 _MODE = Mode(in_place=True)
@@ -130,15 +137,11 @@ class Case:
     @property
     def op(self) -> str:
         """The operation of fastdiff/ops/schemas.py."""
-        if self.name in ("randn", "chain"):
-            return self.name
-        if self.name.removesuffix("_grad") in loss_cases.ABOUT:
-            return "loss_grad" if self.name.endswith("_grad") else "loss"
-        return "step"
+        return _KINDS[self.name].op
 
     @property
     def draws(self) -> bool:
-        """Whether noise is made in the pass."""
+        """Whether normals are made in the pass."""
         return _KINDS[self.name].draws
 
     @property
@@ -175,6 +178,8 @@ class Case:
             return (tensor(*shape), None, table, slots, None, seed, 0, self.fast, chain)
         if self.op in ("loss", "loss_grad"):
             return loss_cases.arguments(self, shape, _schedule(), rows, seed, tensor, upload)
+        if self.op in ("bits", "bits_bound", "bits_bound_grad"):
+            return bits_cases.arguments(self, shape, rows, seed, tensor)
         if self.name in _FORWARD:
             states, outputs, draws, kind = _FORWARD[self.name]
             spec = StepSpec(states, outputs, None, draws, self.dtype, fast=self.fast)
@@ -210,24 +215,39 @@ class Case:
             if self.mixed else None,
         )  # fmt: skip
 
+    def reads(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """The full-size tensors among a launch's arguments that it reads."""
+        if self.name == "randn":
+            return []
+        if self.name == "chain":
+            return [arguments[0]]
+        inputs, outputs, layout, *_ = arguments
+        if self.op == "step":
+            operands = step.unpack(inputs, outputs, step.parse(layout))
+            return [*operands.states, *operands.model_outputs]
+        optional: list[Tensor | None]
+        if self.op == "bits":
+            drawn = bits.unpack(inputs, layout)
+            optional = [drawn.logits, drawn.x]
+        elif self.op in ("loss", "loss_grad"):
+            given = loss.unpack(inputs, loss.parse(layout))
+            optional = [*given.model_outputs, given.x, given.y]
+        else:
+            optional = inputs[:3]  # logits, x_t, x_0
+        return [tensor for tensor in optional if tensor is not None]
+
     def tensors(self) -> tuple[list[torch.dtype], list[torch.dtype]]:
         """The dtypes of the full-size tensors that are read, and of those that are written."""
+        arguments = self.arguments((1, 1))
         if self.name == "randn":
-            return [], [self.dtype]
-        if self.name == "chain":
-            return [self.dtype], [self.dtype] * CHAIN_STEPS
-        inputs, written, layout, *_ = self.arguments((1, 1))
-        if self.op in ("loss", "loss_grad"):
-            given = loss.unpack(inputs, loss.parse(layout))
-            read = [*given.model_outputs, *(t for t in (given.x, given.y) if t is not None)]
-            written = written if self.op == "loss_grad" else []
+            written = [self.dtype]
+        elif self.name == "chain":
+            written = [self.dtype] * CHAIN_STEPS
+        elif self.op in ("loss", "bits_bound"):
+            written = []
         else:
-            operands = unpack(inputs, written, parse(layout))
-            read = [*operands.states, *operands.model_outputs]
-        reads, writes = (
-            [t.dtype for t in tensors for _ in range(t.numel())] for tensors in (read, written)
-        )
-        return reads, writes
+            written = _dtypes(arguments[1])
+        return _dtypes(self.reads(arguments)), written
 
     @property
     def bytes_per_element(self) -> int:
@@ -238,6 +258,11 @@ class Case:
 
 # states, masks over S0.., o, c, z, draws, and the table of fastdiff/ops/tables.py.
 _FORWARD = {"q_sample": (1, (0b1001,), 1, "x_t"), "q_posterior": (2, (0b0011,), 0, "posterior")}
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
+    """A dtype for each element that a tensor has for one of the sample."""
+    return [tensor.dtype for tensor in tensors for _ in range(tensor.numel())]
 
 
 @cache

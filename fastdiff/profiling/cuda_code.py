@@ -25,7 +25,7 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16_t", torch.float16: "f16_
 
 
 def kernel_name(case: Case) -> str:
-    """The kernel that csrc/cuda/kernels.cu launches for a case, as sass.read names it."""
+    """The kernel that csrc/cuda/*.cu launches for a case, as sass.read names it."""
     state = _TYPES[case.dtype]
     if case.name == "randn":
         return f"randn_kernel<Layout<8, {_flag(state == 'float')}>, {state}, {_flag(case.fast)}>"
@@ -40,6 +40,8 @@ def kernel_name(case: Case) -> str:
         known = state in served and model != "f16_t"
         made_for = f"KnownLoss<{structure}, {state}, {model}, {_flag(case.fast)}>"
         return f"{case.op}_kernel<{made_for if known else 'AnyLoss'}>"
+    if case.op.startswith("bits"):  # from logits of x_0, but for q_sample
+        return f"{case.op}_kernel<{_flag(case.name != 'bits_q_sample')}>"
     layout = parse(case.arguments((1, 1))[2])
     spec, model_outputs = layout.spec, layout.model_outputs
     outputs = len(spec.outputs)
@@ -73,7 +75,9 @@ def inspect(library: Path, target: str, cases: Sequence[Case]) -> list[dict[str,
 
 
 def _elements(case: Case) -> int:
-    """Of a chunk: the width of the kernel's layout."""
+    """Of a round of the kernel's loop: the width of its layout, or a leaf of the tree of sums."""
+    if case.op == "bits_bound":
+        return 32
     return 4 if case.name.startswith("hybrid") else 8
 
 

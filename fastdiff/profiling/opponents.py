@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.ops.bits import bits, bits_bound, bits_bound_grad
 from fastdiff.ops.chain import chain
 from fastdiff.ops.loss import loss, loss_grad
 from fastdiff.ops.randn import randn
-from fastdiff.ops.step import parse, step, unpack
+from fastdiff.ops.step import step
 from fastdiff.profiling.cases import Case
 
 __all__ = ["compiled_reference", "eager"]
@@ -19,6 +20,7 @@ __all__ = ["compiled_reference", "eager"]
 Call = Callable[[], object]
 _REFERENCE: dict[str, Callable[..., None]] = {
     "randn": randn, "step": step, "chain": chain, "loss": loss, "loss_grad": loss_grad,
+    "bits": bits, "bits_bound": bits_bound, "bits_bound_grad": bits_bound_grad,
 }  # fmt: skip
 
 
@@ -34,6 +36,14 @@ def eager(case: Case, arguments: Sequence[Any]) -> Callable[..., Tensor] | None:
         x_start = ((x - b * output) / a).clamp(-1, 1)
         return c * x_start + a * x + sigma * torch.randn_like(x)
 
+    def posterior(x: Tensor, y: Tensor) -> Tensor:
+        return (c + b * x) * (1 - y) + (b + b * x) * y
+
+    def divergence(logits: Tensor, x_t: Tensor, x_start: Tensor) -> Tensor:
+        q, p = posterior(x_t, x_start), posterior(x_t, logits.sigmoid())
+        kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        return kl.flatten(1).sum(1)
+
     forms: dict[str, Callable[..., Tensor]] = {
         "randn": torch.randn_like,
         "q_sample": lambda x: a * x + b * torch.randn_like(x),
@@ -46,6 +56,9 @@ def eager(case: Case, arguments: Sequence[Any]) -> Callable[..., Tensor] | None:
         ),
         "mse": lambda output: (torch.randn_like(output) - output).square().flatten(1).mean(1),
         "mse_grad": lambda output: a * (output - torch.randn_like(output)),
+        "bits_q_sample": lambda x: torch.bernoulli(c + b * x),
+        "bits_reverse": lambda logits, x: torch.bernoulli(posterior(x, logits.sigmoid())),
+        "bits_bound": divergence,
     }
     return None if case.mixed else forms.get(case.name)
 
@@ -54,11 +67,7 @@ def inputs(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
     """The tensors that `eager` takes."""
     if case.op == "randn":
         return [arguments[0]]
-    if case.op in ("loss", "loss_grad"):
-        return arguments[0][:1]
-    tensors, written, layout, *_ = arguments
-    operands = unpack(tensors, written, parse(layout))
-    return [*operands.states, *operands.model_outputs]
+    return case.reads(arguments)
 
 
 def compiled_reference(case: Case) -> Callable[..., None]:

@@ -1,8 +1,9 @@
 """What a thread issues for its elements: the common path through a kernel's machine code.
 
-That path performs the loads and stores of a case, one root or logarithm for two normals, and the
-additions and products of its sums; the cheapest one that does so leaves out what is not common:
-tails, rare arguments, zero coefficients. Kernels that loop are counted for one round and for two.
+That path performs the loads and stores of a case, one root or logarithm for two normals, the words,
+quotients and logarithms of bits, and the additions and products of its sums; the cheapest one that
+does so leaves out what is not common: tails, rare arguments, zero coefficients. Kernels that loop
+are counted for one round and for two.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Work(NamedTuple):
         draws: normals.
         operations: additions and products that no order of evaluation saves.
         steps: how often written, draws and operations are done; more than once only in a chain.
+        words: 32-bit words of Philox, where no normals are made of them.
+        quotients, logarithms: of bits; a logarithm makes a float of an exponent.
     """
 
     read: tuple[int, ...]
@@ -37,10 +40,21 @@ class Work(NamedTuple):
     draws: int
     operations: float
     steps: int = 1
+    words: int = 0
+    quotients: int = 0
+    logarithms: int = 0
 
 
 # Of a normal: those of the noise contract, and in the fast form the radius and its two products.
 _EXACT_NORMAL, _FAST_NORMAL = 18.5, 1.5
+_OF_BITS: dict[str, dict[str, int]] = {
+    "bits_q_sample": {"words": 1},
+    "bits_reverse": {"words": 1, "quotients": 1},
+    "bits_bound": {"logarithms": 3},
+    "bits_bound_grad": {"quotients": 3},
+}
+# Products of Philox for four words: two a round, of ten, but for two that all blocks share.
+_PRODUCTS = 18
 
 
 def work_of(case: Case) -> Work:
@@ -55,6 +69,8 @@ def work_of(case: Case) -> Work:
         return Work(read, written[:1], 1, normal + 3, CHAIN_STEPS)
     if case.op in ("loss", "loss_grad"):
         return Work(read, written, int(case.draws), normal * case.draws)
+    if case.name in _OF_BITS:
+        return Work(read, written, 0, 0, **_OF_BITS[case.name])
     layout = parse(case.arguments((1, 1))[2])
     spec = layout.spec
     terms = [mask.bit_count() for mask in (spec.clamp or 0, *spec.outputs) if mask]
@@ -169,14 +185,20 @@ class _Search:
         if self.nvidia:
             load, store = _NVIDIA[width].format("LD"), _NVIDIA[width].format("ST")
             root = r"MUFU\.LG2" if self.case.fast else r"MUFU\.RSQ"
-            operation = r"[FH](?:ADD|MUL|FMA)"
+            operation, product = r"[FH](?:ADD|MUL|FMA)", r"IMAD\.(?:WIDE|HI)\.U32"
+            quotient, exponent = r"MUFU\.RCP", r"I2FP?(?:\.F32\.S32)?\s"
         else:
             load, store = _AMD[width].format("load"), _AMD[width].format("store")
             root, operation = r"v_(?:sqrt|rsq)_", r"v_(?:pk_)?(?:add|mul|sub|fma_mix)_f32"
+            product = r"v_(?:mul_hi|mad_u64)_u32"
+            quotient, exponent = r"v_rcp_f32", r"v_cvt_f32_i32"
         doing = {
             load: rounds * sum(work.read) * bits // width,
             store: steps * sum(work.written) * bits // width,
             root: steps * work.draws * self.elements // 2,
+            product: steps * work.words * _PRODUCTS * self.elements // 4,
+            quotient: steps * work.quotients * self.elements,
+            exponent: steps * work.logarithms * self.elements,
         }
         doing = {pattern: count for pattern, count in doing.items() if count}
         path = cheapest_path(self.code, doing)

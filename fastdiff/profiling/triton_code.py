@@ -69,10 +69,10 @@ def inspect(case: Case, target: str, shape: tuple[int, ...]) -> dict[str, Any]:
 def _arithmetic(asm: dict[str, str]) -> dict[str, int]:
     """Counts of what changes bits, over the whole kernel.
 
-    contracted: fused multiply-adds, but for those that make up a square root, which only machine
-    code has; so AMD's is looked at where there is none. approximate: functions of the special
-    function unit, and quotients. flushing: denormals to zero. nan_dropping: minima and maxima that
-    lose a NaN. narrow: accesses of 8 or 16 bits.
+    contracted: fused multiply-adds, but for those that make up a root or a quotient, which only
+    machine code has; so AMD's is looked at where there is neither. approximate: functions of the
+    special function unit, and quotients. flushing: denormals to zero. nan_dropping: minima and
+    maxima that lose a NaN. narrow: accesses of 8 or 16 bits.
     """
     found = {
         "contracted": len(
@@ -95,7 +95,7 @@ def _arithmetic(asm: dict[str, str]) -> dict[str, int]:
             "nan_dropping": r"v_(?:min|max|med3)\w*_f32",
             "narrow": r"(?:load|store)_(?:ubyte|sbyte|byte|ushort|sshort|short)",
         }
-        if not re.search("v_(sqrt|rsq)_", text):
+        if not re.search("v_(sqrt|rsq|rcp)_", text):
             # A product that widens its operands adds a negative zero, which changes nothing.
             patterns["contracted"] = r"v_(?:pk_)?(?:fma|mac|mad)\w*_f32(?!.*\bneg\(0\))"
     for name, pattern in patterns.items():

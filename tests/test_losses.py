@@ -400,6 +400,19 @@ def test_forward_mode(backend):
     torch.testing.assert_close(tangent, (gradient * direction).sum(dim=1))
 
 
+def test_functional_gradients(backend):
+    """torch.func.grad, of the loss and of the noising before it."""
+    x, weight = data((2, 6), 1), torch.tensor(0.5, dtype=torch.float64)
+
+    def f(weight, x):
+        x_t = fd.q_sample(x, T[:2], CHAIN, seed=1)
+        return fd.training.loss(weight * x_t, x, T[:2], CHAIN, seed=1).sum()
+
+    leaves = [v.clone().requires_grad_() for v in (weight, x)]
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(f, argnums=(0, 1))(weight, x), expected)
+
+
 def test_memory_layouts_keep_the_bits(backend, assert_same_bits):
     x, o = data(SIZES, 1, torch.float32), data(SIZES, 2, torch.float32).requires_grad_()
     plain = fd.training.loss(o, x, T, CHAIN, seed=1)

@@ -15,7 +15,7 @@ from fastdiff.ops.step import HEADER, StepSpec, step_arguments, step_values
 
 __all__ = [
     "call_step", "compute_dtype", "differentiated", "drawn_from", "noise_from", "pack_table",
-    "row_major", "written",
+    "row_major", "transformed", "written",
 ]  # fmt: skip
 
 
@@ -175,6 +175,12 @@ def row_major(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def transformed() -> bool:
+    """Whether forward mode or a torch.func transform is at work; they differentiate the definition
+    themselves."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def differentiated(*groups: Sequence[Tensor]) -> bool:
     """Whether a result of these tensors must carry a derivative, backward or forward."""
     if forward_ad._current_level >= 0:
@@ -220,8 +226,7 @@ def call_step(
         return _run(
             states, model_outputs, noise, guidance_scale, out=out, backend=backend, **arguments
         )
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        # The compiler, and forward mode, differentiate the definition themselves.
+    if torch.compiler.is_compiling() or transformed():  # the compiler does so too
         return step_values(states, model_outputs, noise, guidance_scale=guidance_scale, **arguments)
     arguments["backend"] = backend
     count = (len(states), len(model_outputs), len(noise))

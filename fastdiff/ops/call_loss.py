@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastdiff.backends import operation, select
-from fastdiff.ops.call import compute_dtype, differentiated, row_major, written
+from fastdiff.ops.call import compute_dtype, differentiated, row_major, transformed, written
 from fastdiff.ops.loss import (
     COLUMNS,
     ERROR,
@@ -142,8 +141,7 @@ def _keeps_slopes(spec: LossSpec, model_outputs: Sequence[Tensor], backend: str 
         first.device.type == "cpu"
         and first.requires_grad
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
+        and not (torch.compiler.is_compiling() or transformed())
         and spec.terms == ERROR
         and spec.error & 4 != 0
         and spec.clamp is None
@@ -196,7 +194,7 @@ def call_loss(
         return results
     if not differentiated(inputs):
         return _run(inputs, layout, counter, backend)
-    if forward_ad._current_level >= 0:
+    if transformed():
         return _definition(inputs, layout, counter)
     if torch.compiler.is_compiling():
         if any(tensor.requires_grad for tensor in inputs[len(model_outputs) :]):

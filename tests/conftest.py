@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import os
 
-# Decided when the kernels' modules are imported, so before anything else.
+# Both are read at the first import, so before anything else.
 os.environ["TRITON_INTERPRET"] = "1"
+# Tensors here are small, and the other cores compile kernels (below): threads would mostly wait for
+# each other. Tests of what threads might change set their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib.util
 import json

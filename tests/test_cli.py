@@ -23,15 +23,6 @@ QUICK = ["--steps", "3", "--count", "2", "--class", "3,7"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Threads waste time on tiny pictures, much of it where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -299,11 +299,14 @@ def test_the_forward_chain(both: Any, dtype: torch.dtype, seeded: bool) -> None:
 
 
 def test_no_access_outside_of_tensors_or_off_their_alignment(tmp_path: Path) -> None:
-    """The same code under the address and alignment sanitizers; and float64 is refused."""
+    """The same code under the address and alignment sanitizers; and float64 is refused.
+
+    Not optimised: that takes a quarter of the time, and no access is left out.
+    """
     compiler = find_compiler("c++")
     program = tmp_path / "check"
     command = [
-        *compiler.command, "-std=c++17", "-O1", "-g0", "-Wall", "-Wextra", "-Werror",
+        *compiler.command, "-std=c++17", "-O0", "-g0", "-Wall", "-Wextra", "-Werror",
         "-ffp-contract=off", "-fsanitize=address,alignment", "-fno-sanitize-recover=all",
         "-DFASTDIFF_CUDA_HOST", f"-I{CSRC}", "-include", "cuda/host.h",
         "-x", "c++", *KERNELS,
@@ -486,10 +489,11 @@ def test_without_a_gpu_launches_end_with_an_error(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     program = tmp_path / "check"
+    # No kernel runs, so there is no machine code of them, and no optimiser: half of the time.
     command = [
-        nvcc(), "-std=c++17", "-fmad=false", "-arch=sm_90", "-cudart", "static",
-        f"-I{CSRC}", "-diag-suppress=128", *KERNELS,
-        str(HERE / "cuda_launch_check.cpp"), "-o", str(program),
+        nvcc(), "-std=c++17", "-fmad=false", "-gencode=arch=compute_90,code=compute_90",
+        "-Xcicc", "-O0", "-cudart", "static", f"-I{CSRC}", "-diag-suppress=128",
+        *KERNELS, str(HERE / "cuda_launch_check.cpp"), "-o", str(program),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     said = subprocess.run([program], check=True, capture_output=True, text=True).stdout

@@ -14,6 +14,7 @@ import fastdiff as fd
 
 T = 50
 SCHEDULE = fd.schedules.linear(T, 1e-3, 0.2)
+SHORT = fd.schedules.linear(12, 1e-3, 0.2)  # for chains, slow in Triton's interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = {
     torch.float32: torch.int32, torch.float64: torch.int64,
@@ -155,19 +156,19 @@ def test_q_mean_variance(backend):
 
 def test_the_chain_is_its_steps(backend, assert_same_bits):
     x = data((3, 2, 5))
-    chain = fd.q_chain(x, SCHEDULE, seed=9, sample_offset=2)
-    assert chain.shape == (T, 3, 2, 5)
-    for t in range(T):
-        x = fd.q_step(x, t, SCHEDULE, seed=9, sample_offset=2)
+    chain = fd.q_chain(x, SHORT, seed=9, sample_offset=2)
+    assert chain.shape == (12, 3, 2, 5)
+    for t in range(12):
+        x = fd.q_step(x, t, SHORT, seed=9, sample_offset=2)
         assert_same_bits(chain[t], x)
 
 
 def test_the_chain_in_low_precision_is_its_steps(backend, assert_same_bits):
     for dtype in (torch.bfloat16, torch.float16):
         x = data((2, 33), dtype)
-        chain = fd.q_chain(x, SCHEDULE, seed=9, at=[0, 3, 9])
+        chain = fd.q_chain(x, SHORT, seed=9, at=[0, 3, 9])
         for t in range(10):
-            x = fd.q_step(x, t, SCHEDULE, seed=9)
+            x = fd.q_step(x, t, SHORT, seed=9)
             if t in (0, 3, 9):
                 assert_same_bits(chain[[0, 3, 9].index(t)], x)
 

@@ -20,15 +20,6 @@ pytest.importorskip("sklearn")
 SMALL = UNetConfig(channels=16, embedding=32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads waste time on tiny pictures, much of it where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model() -> UNet:
     return digits.load()
@@ -356,7 +347,7 @@ def draw(model: UNet, sampler: str, guidance: float | None, count: int) -> digit
 @pytest.mark.parametrize("guidance", [digits.GUIDANCE_SCALE, None], ids=["guided", "unguided"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_classifier_recognises_what_was_asked_for(model, sampler, guidance):
-    quality = draw(model, sampler, guidance, count=20)
+    quality = draw(model, sampler, guidance, count=20 if sampler == "ddim" else 10)
     assert quality.held_out_accuracy >= 0.98
     assert quality.accuracy >= 0.95
     assert min(quality.accuracy_per_class) >= 0.8

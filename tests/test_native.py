@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,8 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=f"no native CPU libra
 
 @pytest.fixture(params=["none"] if reason else native.isa_levels(), autouse=True)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    best, threads = native.isa(), torch.get_num_threads()
-    torch.set_num_threads(1)  # these tensors are small
+    best = native.isa()
     yield native.isa(request.param)
-    torch.set_num_threads(threads)
     native.isa(best)
 
 
@@ -365,15 +363,37 @@ def test_the_model_input_may_replace_a_state() -> None:
             assert_same_bits(actual, wanted, f"seed {seed} {case.spec}")
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
     for seed in range(4):
         case = Case(seed, torch.float32, 3, 20001)
-        torch.set_num_threads(1)
+        set_threads(1)
         expected = case.run("native")
-        torch.set_num_threads(2)
+        set_threads(2)
         actual = case.run("native")
         for a, b in zip(actual, expected, strict=True):
             assert_same_bits(a, b, f"seed {seed}")
+
+
+def test_noise_and_chains_do_not_depend_on_it_either(set_threads: Callable[[int], None]) -> None:
+    table, slots = torch.rand(3, 2), torch.tensor([0, -1, 1])
+    x = torch.randn(3, 20001)
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        z, states = poisoned((3, 20001), torch.float32), poisoned((2, 3, 20001), torch.float32)
+        op("native", "randn")(z, None, 1, 0, 0, 7, 0, False)
+        op("native", "chain")(x, None, table, slots, None, 1, 0, False, states)
+        found.append((z, states))
+    for pair in found[1:]:
+        for a, b in zip(pair, found[0], strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

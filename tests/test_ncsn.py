@@ -19,14 +19,6 @@ pytest.importorskip("sklearn")
 SMALL = UNetConfig(channels=16, embedding=32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(sigmas=(0.1, 0.4, 1.6), seed: int = 0) -> ncsn.ScoreNetwork:
     """A network whose last layer is not zero, as it is before training."""
     torch.manual_seed(seed)

@@ -27,14 +27,6 @@ toy_training = load_helper("toy_training")
 Toy, ToyConfig, FIT = toy_training.Toy, toy_training.ToyConfig, toy_training.FIT
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def bits(model: nn.Module) -> list[torch.Tensor]:
     return [value.detach().contiguous().view(torch.int32) for value in model.state_dict().values()]
 
@@ -48,7 +40,6 @@ def same(first, second) -> bool:
 @pytest.fixture(scope="module")
 def whole():
     """The run that nothing interrupted."""
-    torch.set_num_threads(1)
     return fit(Toy(), FIT)
 
 

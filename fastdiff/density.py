@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compiling import constant
 from fastdiff.ops.held import held, remembered
 from fastdiff.ops.loss import BOUND, COLUMNS, LossSpec
 from fastdiff.plan import SolverPlan
@@ -46,7 +47,7 @@ def check_has_density(plan: SolverPlan) -> None:
             )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _fingerprinted(plan: SolverPlan) -> None:
     _ = plan.fingerprint
 
@@ -60,7 +61,7 @@ def _fingerprint(plan: SolverPlan) -> str:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _structure(fingerprint: str, plan: SolverPlan, row: int | None) -> tuple[int, int, bool]:
     """Mask of the mean over [x_next, x, o, c], mask of the clamp or -1, whether v is there."""
     # The fingerprint makes a compiled graph guard on the plan's content.
@@ -87,7 +88,7 @@ def density_spec(
     """The structure of the log-density of one row, or of any (None).
 
     Args:
-        makes: x_next is made in the same pass, with the bits of the step; fixed variance only.
+        makes: x_next is made in the same pass, with the bits of the step.
 
     Raises ValueError as check_has_density.
     """
@@ -127,7 +128,10 @@ def _host_table(plan: SolverPlan, elements: int, mean: bool) -> FloatArray:
         # The log-variance of an element is in the sum over them: l0 + l1 v.
         low, high = plan.half_log_variance_min, plan.half_log_variance_max
         assert low is not None and high is not None
-        columns |= {"l0": log_variance + low + high, "l1": high - low}
+        columns |= {
+            "l0": log_variance + low + high, "l1": high - low,
+            "log_scale_low": low, "log_scale_high": high,
+        }  # fmt: skip
         constant = np.full_like(std, math.log(2.0 * math.pi))
     columns["bound_offset"] = -0.5 * elements * constant * scale
     if plan.P is not None:

@@ -307,7 +307,7 @@ class Run:
         table = density_table(
             plan, x.numel() // self._batch, False, self._device, compute_dtype(self._dtype)
         )
-        makes = not (plan.learned or self._preview) and bool(plan.draws_noise[i, 0])
+        makes = not self._preview and bool(plan.draws_noise[i, 0])
         if not makes or differentiated((x,), halves, draws, scales):
             before = x.clone() if self._mode.in_place else x
             result = self.advance(output, [x], draws, seeded, result_dtype, preview_dtype)

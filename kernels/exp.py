@@ -28,3 +28,9 @@ def exp(x):
     r = r + k * MINUS_LN2_LOW
     scale = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
     return horner(TERMS, 7, r) * scale
+
+
+@triton.jit
+def learned_scale(v, log_low, log_high):
+    f = v * 0.5 + 0.5
+    return exp(f * log_high + (1.0 - f) * log_low)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.exp import learned_scale
 from fastdiff.kernels.launch import empty_sum, load, store
 from fastdiff.kernels.loss_terms import bound_slopes, bound_value, negated, rho_slope, rho_value
 from fastdiff.kernels.row import combine, load_coefficients, nan_unless
@@ -72,7 +73,7 @@ def column(row, exists, COLUMN: tl.constexpr):
 
 @triton.jit
 def coefficients_of(row, exists):
-    """[lo, hi], P, E, D, what bound_value takes, and delta and sigma."""
+    """[lo, hi], P, E, D, what bound_value takes, delta, and sigma with its log scales."""
     return (
         columns(row, exists, LO, 2),
         columns(row, exists, P, 2),
@@ -80,7 +81,7 @@ def coefficients_of(row, exists):
         columns(row, exists, D, 4),
         columns(row, exists, VARIANCE, 8),
         column(row, exists, DELTA),
-        column(row, exists, SIGMA),
+        columns(row, exists, SIGMA, 3),
     )
 
 
@@ -139,7 +140,10 @@ def elements(
     x_value = 0
     if SPEC.makes:
         shift = combine(bound, (0, state, o, c), None, SPEC.bound & 14, 4, 4, True, BLOCK)
-        x_value = negated(shift) + coefficients[6] * z
+        sigma = coefficients[6][0]
+        if SPEC.learned:
+            sigma = sigma * learned_scale(v, coefficients[6][1], coefficients[6][2])
+        x_value = negated(shift) + sigma * z
         if made is not None:
             x_value = store(made + index, x_value, mask)
     elif x is not None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.exp import exp
+from fastdiff.kernels.exp import learned_scale
 from fastdiff.kernels.launch import (
     Launch,
     inside,
@@ -123,8 +123,7 @@ def step_tile(
             for k in tl.static_range(1, DRAWS):
                 used = used | is_used(coefficients, FIRST_DRAW + k, MASKS, DENSE)
         v = load(model_outputs[len(model_outputs) - 1] + (o_index + n), used, mask)
-        f = v * 0.5 + 0.5
-        noise_scale = exp(f * log_variance[1] + (1.0 - f) * log_variance[0])
+        noise_scale = learned_scale(v, log_variance[0], log_variance[1])
 
     s = ()
     for k in tl.static_range(O):

@@ -103,6 +103,12 @@ def test_without_a_compiler_the_reference_serves_and_info_says_why(tmp_path):
     assert "no" in line.split() and "compiler" in line
 
 
+def test_the_import_leaves_the_compiler_alone():
+    """It takes longer to import than all the rest."""
+    code = "import sys, fastdiff; print('torch._dynamo' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
 def test_native_can_be_switched_off():
     code = (
         "import torch, fastdiff as fd\n"

@@ -9,6 +9,7 @@ import fastdiff as fd
 from tests.conftest import load_helper
 
 backends = load_helper("loss_backends")
+operations = load_helper("diffusers_operations")
 
 CHAIN = fd.schedules.linear(40, 1e-3, 0.2)
 SHAPE = (3, 4, 5, 7)
@@ -200,6 +201,16 @@ def test_every_source_of_noise_and_a_preview(backend, name, assert_same_bits):
     x_next = low.step(output, log_prob=True, result_dtype=torch.bfloat16)
     assert x_next.dtype == torch.bfloat16
     assert_same_bits(low.log_prob, fd.training.log_prob(plan, 0, x, output, x_next))
+
+
+@ALL
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_a_step_and_its_density_are_one_operation(backend, plan):
+    run = fd.Sampler(plan).start(data(SHAPE, 1, torch.float32), seed=3)
+    output = output_of(plan, dtype=torch.float32)
+    with operations.Operations() as seen:
+        run.step(output, log_prob=True)
+    assert seen.names == ["fastdiff_native.loss"]
 
 
 @ALL

@@ -25,7 +25,7 @@ from fastdiff.ops.loss import (
     unpack,
 )
 from fastdiff.ops.loss_terms import RHOS
-from fastdiff.ops.step import HEADER, StepSpec, step_arguments
+from fastdiff.ops.step import StepSpec, step_arguments
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -382,21 +382,23 @@ def test_noise_of_a_seed_is_the_noise_as_a_tensor(accelerated, assert_same_bits,
         assert_same_bits(execute(accelerated, case), execute(accelerated, given))
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_x_that_is_made_is_what_a_step_makes(accelerated, assert_same_bits, dtype):
+def test_x_that_is_made_is_what_a_step_makes(accelerated, assert_same_bits, dtype, learned):
     """The solver step with the same coefficients, stored in its dtype."""
-    spec = LossSpec(BOUND, bound=0b1111, clamp=0b11, density=True, makes=True)
+    spec = LossSpec(BOUND, bound=0b1111, clamp=0b11, density=True, learned=learned, makes=True)
     case = make_case(np.random.default_rng(12), 1100, dtype, spec, batch=3, seeded=True)
     column = {name: case["table"][:, index] for index, name in enumerate(COLUMNS)}
     zero = torch.zeros_like(column["lo"])
     table = torch.stack([
-        column["lo"], column["hi"], *[zero] * (len(HEADER) - 2), column["p_y"], column["p_o"], zero,
+        column["lo"], column["hi"], zero, column["log_scale_low"], column["log_scale_high"],
+        column["p_y"], column["p_o"], zero,
         -column["d_y"], -column["d_o"], -column["d_c"], column["sigma"],
     ], dim=1)  # fmt: skip
     stepped = torch.empty(3, 1100, dtype=dtype)
     call = step_arguments(
-        StepSpec(1, (0b1111,), 0b11, draws=1, noise_dtype=dtype), [case["y"]], table, case["rows"],
-        [stepped], model_outputs=case["model_outputs"], keys=case["keys"],
+        StepSpec(1, (0b1111,), 0b11, draws=1, noise_dtype=dtype, learned=learned), [case["y"]],
+        table, case["rows"], [stepped], model_outputs=case["model_outputs"], keys=case["keys"],
         guidance_scale=case["guidance_scale"], counter=case["counter"],
     )  # fmt: skip
     operation("step", CPU, torch.float32, accelerated)(*call)
@@ -561,7 +563,7 @@ def test_the_native_binding_refuses_what_does_not_fit_the_layout():
         (dict(x=short), "x must have 36 elements"), (dict(y=short), "y must have 36 elements"),
         (dict(model_outputs=[case["model_outputs"][0], short]), "model outputs must have 72"),
         (dict(model_outputs=[short] * 2), "twice the channels"),
-        (dict(table=case["table"][:, :-1].contiguous()), "table must have 28 columns"),
+        (dict(table=case["table"][:, :-1].contiguous()), "table must have 30 columns"),
         (dict(table=case["table"][:0]), "table must have a row"),
         (dict(table=case["table"].bfloat16()), "table must be float32 or float64"),
         (dict(rows=torch.zeros(2, dtype=torch.int64)), "rows must have 1 or 3 elements, not 2"),

@@ -191,7 +191,7 @@ class LossReader {
     sources_[kO].used = (error | mean) & 4 || clamp & 2;
     sources_[kConditional].used = sources_[kO].used && p_.model_outputs == 2;
     sources_[kZ].used = error & 16 || p_.makes;
-    sources_[kV].used = v;
+    sources_[kV].used = v || (p_.makes && p_.learned);
     clamps_ = c;
   }
 
@@ -237,6 +237,7 @@ class LossReader {
     sum(p_.bound & ~1, {kBoundX, kBoundY, kBoundO, kBoundC},
         {&columns.x, &columns.y, &columns.o, &columns.c}, mean);
     const T sigma = entries[kSigma];
+    if (p_.learned) return make_x_of_variance(mean, sigma, columns);
 #pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) columns.x.v[u] = -mean.v[u] + sigma * columns.z.v[u];
   }
@@ -282,6 +283,15 @@ class LossReader {
  private:
   enum { kX, kY, kO, kConditional, kV, kZ, kSources };
   using V = typename Group<T>::V;
+
+  void make_x_of_variance(const Group<T>& mean, T sigma, LossColumns<T>& columns) const {
+    const T low = entries[kLogScaleLow], high = entries[kLogScaleHigh];
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) {
+      const V scale = learned_scale<MathLanes<T>>(columns.v.v[u], low, high);
+      columns.x.v[u] = -mean.v[u] + sigma * scale * columns.z.v[u];
+    }
+  }
 
   // Starts at -0, the identity of addition.
   template <int kCount>

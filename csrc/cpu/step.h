@@ -278,9 +278,7 @@ class StepKernel {
       load_group(sources_[kVariance].here, i, v);
 #pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) {
-        const V f = v.v[u] * static_cast<T>(0.5) + static_cast<T>(0.5);
-        const V exponent = f * log_high_ + (static_cast<T>(1) - f) * log_low_;
-        v.v[u] = exp_of<MathLanes<T>>(exponent);
+        v.v[u] = learned_scale<MathLanes<T>>(v.v[u], log_low_, log_high_);
       }
       store_group(scratch_.scale + i, v);
     }

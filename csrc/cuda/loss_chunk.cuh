@@ -114,7 +114,7 @@ struct LossUse {
     use.e = e;
     use.d = d;
     use.x_start = x_start;
-    use.v = v;
+    use.v = v || (f.makes && f.learned);
     return use;
   }
 };
@@ -133,7 +133,7 @@ FD_HD uint32_t used_columns(const LossFacts& f) {
     if (!f.density) used |= 1u << kDiscretized | 1u << kFloor | 1u << kInverseStd;
     if (!f.density && f.learned) used |= 3u << kTrueLogVariance;
   }
-  if (f.makes) used |= 1u << kSigma;
+  if (f.makes) used |= (f.learned ? 7u : 1u) << kSigma;
   return used;
 }
 
@@ -287,7 +287,11 @@ struct LossColumns {
     if (!f.makes) return;
     FD_UNROLL
     for (int k = 0; k < kWidth; ++k) {
-      x[k] = -mean(f.bound & ~1, k) + sample[kSigma] * z[k];
+      float sigma = sample[kSigma];
+      if (f.learned) {
+        sigma = sigma * learned_scale<Scalar>(v[k], sample[kLogScaleLow], sample[kLogScaleHigh]);
+      }
+      x[k] = -mean(f.bound & ~1, k) + sigma * z[k];
     }
     if (store_made) store_column<X, L>(p.made, offset, chunk, x);
     FD_UNROLL

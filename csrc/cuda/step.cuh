@@ -124,8 +124,7 @@ struct StepChunk {
     load_operand<L>(p.model_output[p.model_outputs - 1], (2 * int64_t{b} + 1) * p.n, chunk, scale);
     FD_UNROLL
     for (int k = 0; k < kWidth; ++k) {
-      const float f = scale[k] * 0.5f + 0.5f;
-      scale[k] = exp_f32<Scalar>(f * high + (1.0f - f) * low);
+      scale[k] = learned_scale<Scalar>(scale[k], low, high);
     }
   }
 

@@ -43,4 +43,12 @@ FD_HD typename L::F exp_of(typename L::F x) {
     return exp_f32<L>(x);
 }
 
+// What a learned variance scales the noise by: v in [-1, 1] between the logs of its bounds.
+template <class L>
+FD_HD typename L::F learned_scale(typename L::F v, typename L::T log_low, typename L::T log_high) {
+  using T = typename L::T;
+  const typename L::F f = v * static_cast<T>(0.5) + static_cast<T>(0.5);
+  return exp_of<L>(f * log_high + (static_cast<T>(1) - f) * log_low);
+}
+
 }  // namespace fastdiff

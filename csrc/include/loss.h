@@ -35,6 +35,8 @@ enum LossColumn {
   kDiscretized,
   kFloor,
   kSigma,
+  kLogScaleLow,
+  kLogScaleHigh,
   kBoundScale,
   kBoundOffset,
   kXStartScale,

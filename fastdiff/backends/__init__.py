@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastdiff.backends import native, reference, triton
+from fastdiff.compiling import constant
 from fastdiff.ops.schemas import SCHEMAS
 
 __all__ = [
@@ -128,7 +129,7 @@ def _find(device: torch.device, dtype: torch.dtype, explicit: str | None) -> str
 
 
 # torch.compile makes the choice once, when it traces.
-_traced_select = torch.compiler.assume_constant_result(select)
+_traced_select = constant(select)
 
 
 def operation(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:

@@ -137,14 +137,14 @@ def command(options: argparse.Namespace) -> int:
             resume=options.resume,
         )  # fmt: skip
     except CheckpointError as error:
-        raise UsageError(f"argument --resume: {error}") from None
+        raise UsageError(str(error)) from None
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with:\n  {_again(options)}") from None
     seconds = time.perf_counter() - begin
     trainable.save(problem, model, losses, out)
     print(f"wrote     {out}: {out.stat().st_size / 1e6:.2f} MB")
     mean = running_means(losses)[-1]
-    print(f"training  {config.fit.steps} iterations in {seconds:.0f} s, loss {mean:.4f}")
+    print(f"training  {config.fit.steps} iterations, loss {mean:.4f}; this run {seconds:.0f} s")
     if curve is not None:
         _draw(losses, curve, f"fastdiff train {options.what}, seed {options.seed}")
     print("report")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["exp"]
+__all__ = ["exp", "learned_scale"]
 
 # dtype: (lowest, highest x, log2 e, ln 2 high part, low part, shift that rounds to an integer,
 #         integer view, mantissa bits, exponent bias, degree)
@@ -47,3 +47,10 @@ def exp(x: Tensor) -> Tensor:
     for j in range(degree - 2, -1, -1):
         p = p * r + _TERMS[x.dtype][j]
     return p * ((shifted.view(integer) + bias) << mantissa).view(x.dtype)
+
+
+def learned_scale(v: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
+    """What a learned variance scales the noise by: v in [-1, 1] between the logs of its bounds
+    (Nichol & Dhariwal 2021, eq. 15)."""
+    f = v * 0.5 + 0.5
+    return exp(f * log_high + (1.0 - f) * log_low)

@@ -1,7 +1,7 @@
 """Device tables made once and kept, in a form that torch.compile can lift into its graphs.
 
 A compiled graph reaches a table through an attribute of `_store`, so Dynamo lifts it as an input
-and guards on it. (A tensor returned by an assume_constant_result function would be simpler, but
+and guards on it. (A tensor returned by a `constant` function would be simpler, but
 Dynamo takes two of them in one graph for the same one.)
 """
 
@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fastdiff.compiling import constant
 
 __all__ = ["faking", "held", "lasting", "remembered"]
 
@@ -60,7 +62,7 @@ def _made(make: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
         return _tensors.setdefault((make, arguments), tensor)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _name(fingerprint: str, make: Callable[..., Tensor], *arguments: Any) -> str:
     """The attribute of _store that holds make(*arguments), made when it is missing."""
     key = (make, arguments)

@@ -16,6 +16,8 @@ For batch entry b with row i = rows[b] of the coefficient table, over the elemen
 x is x_0, or a target, or the sample whose density is asked for; y is x_t; z is noise, regenerated
 from its seed or given as a tensor. With `makes`, x is not read but made,
 x = sigma z - D . [y, o, c] rounded at the store: the solver step whose log-density is the bound.
+Where the variance is learned, sigma is times exp(f log_scale_high + (1 - f) log_scale_low) there,
+f = (v + 1) / 2, as in a step (ops/step.py).
 Which terms and columns there are is static (LossSpec); a column that is in no mask is not read.
 
 Math in float32 (float64 for a float64 table), multiply and add rounded separately, sums in the
@@ -39,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.noise import normals, sample_keys
-from fastdiff.ops.exp import exp
+from fastdiff.ops.exp import exp, learned_scale
 from fastdiff.ops.held import remembered
 from fastdiff.ops.loss_terms import (
     discretized_nll,
@@ -64,7 +66,8 @@ COLUMNS = (
     "true_log_variance", "true_inverse_variance",  # of the posterior q, for a learned variance
     "half_inverse_variance", "inverse_std",  # of the model, for a fixed variance: of l0
     "discretized", "floor",  # not 0: the row is a likelihood, at most `floor` nats an element
-    "sigma", "bound_scale", "bound_offset", "x_start_scale",
+    "sigma", "log_scale_low", "log_scale_high",  # logs of what a learned variance scales sigma by
+    "bound_scale", "bound_offset", "x_start_scale",
 )  # fmt: skip
 
 ERROR, BOUND, X_START = 1, 2, 4  # bits of LossSpec.terms; results come in this order
@@ -334,8 +337,10 @@ def _elements(
     made = None
     if spec.makes:
         assert z is not None
-        mean = -_sum(spec.bound & ~1, columns)
-        made = (mean + row.sigma * z).to(made_dtype)
+        mean, sigma = -_sum(spec.bound & ~1, columns), row.sigma
+        if v is not None:
+            sigma = sigma * learned_scale(v, row.log_scale_low, row.log_scale_high)
+        made = (mean + sigma * z).to(made_dtype)
         x_values: Tensor | None = made.to(compute)
     else:
         x_values = None if x is None else flat(x)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compiling import constant
 from fastdiff.ops.call import call_step, compute_dtype, noise_from
 from fastdiff.ops.checks import check_like, check_out, check_sample, resolve_rows, resolve_seed
 from fastdiff.ops.exp import exp
@@ -62,7 +63,7 @@ def _plan(kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...]) -> Sol
     return (_ddpm_plan if kind == "ddpm" else _ddim_plan)(schedule, *arguments)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _structure(
     fingerprint: str, kind: str, schedule: NoiseSchedule, arguments: tuple[Any, ...], preview: bool
 ) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.noise import normals, sample_keys
-from fastdiff.ops.exp import exp
+from fastdiff.ops.exp import learned_scale
 from fastdiff.ops.row import index_of, picked
 from fastdiff.ops.schemas import DTYPE_CODES
 
@@ -278,9 +278,7 @@ def step_values(
     noise_scale = None
     if learned:
         assert v is not None
-        f = v * 0.5 + 0.5
-        low, high = coefficient[:, 3:4], coefficient[:, 4:5]
-        noise_scale = exp(f * high + (1.0 - f) * low)
+        noise_scale = learned_scale(v, coefficient[:, 3:4], coefficient[:, 4:5])
 
     def combine(mask: int, first: int, values: list[Tensor | None]) -> Tensor:
         acc = None

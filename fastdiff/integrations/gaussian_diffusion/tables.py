@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compiling import constant
 from fastdiff.noise import STREAM_STEP
 from fastdiff.ops.call import pack_table
 from fastdiff.ops.held import held, remembered
@@ -232,7 +233,7 @@ def _host(schedule: NoiseSchedule, request: Request) -> tuple[StepSpec, FloatArr
     return replace(spec, learned=learned), table
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _structure(
     fingerprint: str, schedule: NoiseSchedule, request: tuple[Any, ...]
 ) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NO_KERNEL = frozenset(
     "aten." + name for name in (
-        "empty", "empty_like", "empty_strided", "detach", "view", "alias", "select", "slice",
-        "as_strided", "unsqueeze", "expand", "is_pinned", "split", "_unsafe_view",
+        "empty", "empty_like", "empty_strided", "new_empty", "detach", "view", "alias", "select",
+        "slice", "as_strided", "unsqueeze", "expand", "is_pinned", "split", "_unsafe_view",
     )
 )  # fmt: skip
 

@@ -222,8 +222,8 @@ def q_chain(
         seed, sample_offset: noise of stream 4, step t; see q_sample.
         noise: (T, B, ...) instead of a seed.
         generator: noise = torch.randn((T, B, ...)) of x_start's dtype on the generator's device.
-        at: the indices t to keep, strictly increasing; all T by default. The others are passed
-            through in registers and never stored.
+        at: the indices t to keep, strictly increasing; all T by default. Others before the last of
+            them are passed through in registers and never stored.
         out: (len(at), B, ...) contiguous, the dtype of x_start.
 
     Returns:
@@ -259,11 +259,11 @@ def q_chain(
         )
     target = out if out.is_contiguous() else row_major(out)
     drawn = noise_from(noise, generator, x_start, backend, (count, *x_start.shape))
-    place = (x_start.device, compute_dtype(x_start.dtype))
+    place, steps = (x_start.device, compute_dtype(x_start.dtype)), kept[-1] + 1
     operation("chain", *place, backend)(
-        x_start.contiguous(), drawn[0].contiguous() if drawn else None,
-        held(schedule.fingerprint, _chain_table, schedule, *place),
-        held("", _chain_slots, count, tuple(kept), x_start.device), keys, low, offset, fast, target,
+        x_start.contiguous(), drawn[0][:steps].contiguous() if drawn else None,
+        held(schedule.fingerprint, _chain_table, schedule, *place)[:steps],
+        held("", _chain_slots, tuple(kept), x_start.device), keys, low, offset, fast, target,
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -271,9 +271,9 @@ def q_chain(
     return out
 
 
-def _chain_slots(count: int, kept: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where x of every t goes: its position in `kept`, or -1."""
-    slots = np.full(count, -1, np.int64)
+def _chain_slots(kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where x of every t up to the last goes: its position in `kept`, or -1."""
+    slots = np.full(kept[-1] + 1, -1, np.int64)
     slots[list(kept)] = np.arange(len(kept))
     return torch.from_numpy(slots).to(device)
 

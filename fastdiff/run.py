@@ -256,8 +256,8 @@ class Run:
             result_dtype, preview_dtype: of the new sample and of x_start (default: the run's);
                 float64 in a float64 run only.
             log_prob: leave log p(x_next | x) in `log_prob`, the bits of fastdiff.training.log_prob;
-                made in the same pass as the new sample where the variance is fixed and neither a
-                preview nor a gradient is wanted. In its gradient the new sample counts as given.
+                made in the same pass as the new sample where neither a preview nor a gradient is
+                wanted. In its gradient the new sample counts as given.
             inputs: the plan's own inputs, by name, (B, ...).
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from fastdiff.backends import operation, select
 from fastdiff.ops.step import HEADER, StepSpec, step_arguments, step_values
 
 __all__ = [
-    "call_step", "compute_dtype", "differentiated", "drawn_from", "noise_from", "pack_table",
-    "row_major", "transformed", "written",
+    "call_step", "compute_dtype", "derivatives", "differentiated", "drawn_from", "noise_from",
+    "pack_table", "row_major", "transformed", "written",
 ]  # fmt: skip
 
 
@@ -89,37 +89,60 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated too
-        saved = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        # Views, so that gradients stop here and do not run on along paths between the inputs.
-        leaves: list[Tensor] = [
-            v.view_as(v) if again else v.detach().requires_grad_(needed) for v, needed in saved
-        ]
         arguments = {k: v for k, v in ctx.arguments.items() if k != "backend"}
-        states, outputs, noise, scale = _split(leaves, ctx.count)
         spec: StepSpec = arguments["spec"]
         noise_bits = (1 << spec.draws) - 1 << spec.states + 1
-        seeded = spec.draws > 0 and not noise
-        if seeded and not spec.learned and not (spec.clamp or 0) & noise_bits:
-            # The gradient does not depend on the draws: no need to make them again.
-            noise = [torch.zeros_like(states[0])] * spec.draws
-        with torch.enable_grad():
-            values = step_values(states, outputs, noise, guidance_scale=scale, **arguments)
-        wanted = [
-            (value, gradient)
-            for value, gradient in zip(values, gradients, strict=True)
-            if gradient is not None and value.requires_grad
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [value for value, _ in wanted],
-                [leaf for leaf in leaves if leaf.requires_grad],
-                [gradient for _, gradient in wanted],
-                allow_unused=True,
-                create_graph=again,
-            )
+
+        def define(leaves: list[Tensor]) -> list[Tensor]:
+            states, outputs, noise, scale = _split(leaves, ctx.count)
+            seeded = spec.draws > 0 and not noise
+            if seeded and not spec.learned and not (spec.clamp or 0) & noise_bits:
+                # The gradient does not depend on the draws: no need to make them again.
+                noise = [torch.zeros_like(states[0])] * spec.draws
+            return step_values(states, outputs, noise, guidance_scale=scale, **arguments)
+
+        return (
+            None,
+            None,
+            *derivatives(define, ctx.saved_tensors, ctx.needs_input_grad[2:], gradients),
         )
-        return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def derivatives(
+    define: Callable[[list[Tensor]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The derivative by every input that needs one, for the backward pass of an autograd.Function.
+
+    Args:
+        define: the results as plain PyTorch makes them of the inputs.
+        gradients: by every result; None where nothing came of it.
+    """
+    again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated too
+    # Views, so that gradients stop here and do not run on along paths between the inputs.
+    leaves = [
+        v.view_as(v) if again else v.detach().requires_grad_(wanted)
+        for v, wanted in zip(inputs, needed, strict=True)
+    ]
+    with torch.enable_grad():
+        values = define(leaves)
+    pairs = [
+        (value, gradient)
+        for value, gradient in zip(values, gradients, strict=True)
+        if gradient is not None and value.requires_grad
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [value for value, _ in pairs],
+            [leaf for leaf in leaves if leaf.requires_grad],
+            [gradient for _, gradient in pairs],
+            allow_unused=True,
+            create_graph=again,
+        )
+    )
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _split(
@@ -152,7 +175,7 @@ def _run(
     first = states[0]
     results = out or [torch.empty_like(first, dtype=dtype) for dtype in out_dtypes]
     # Kernels see row-major memory; other layouts are copied in and out, which keeps the bits.
-    targets = [r if r.is_contiguous() else row_major(r) for r in results]
+    targets = [row_major(result) for result in results]
     if noise or not spec.draws:
         keys = draws = None  # the step makes no noise
     call = step_arguments(
@@ -170,9 +193,12 @@ def _run(
     return results
 
 
-def row_major(like: Tensor) -> Tensor:
-    """An empty tensor of that shape and dtype in the layout that kernels write."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+def row_major(result: Tensor) -> Tensor:
+    """What a kernel writes in place of a result: itself, or, where its memory is not row-major, an
+    empty tensor that is and has to be copied to it."""
+    if result.is_contiguous():
+        return result
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
 def transformed() -> bool:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import operation, select
-from fastdiff.ops.call import compute_dtype, differentiated, row_major, transformed, written
+from fastdiff.ops.call import (
+    compute_dtype,
+    derivatives,
+    differentiated,
+    row_major,
+    transformed,
+    written,
+)
 from fastdiff.ops.loss import (
     COLUMNS,
     ERROR,
@@ -46,7 +53,10 @@ class _Loss(torch.autograd.Function):
         count, needed = int(ctx.layout[0]), ctx.needs_input_grad[3:]
         slopes, ctx.slopes = ctx.slopes, None  # used up: a second time the pass makes the gradient
         if torch.is_grad_enabled() or any(needed[count:]):
-            found = _definition_grad(ctx, gradient)
+            found = derivatives(
+                lambda leaves: [_definition(leaves, ctx.layout, ctx.counter)], ctx.saved_tensors,
+                needed, [gradient],
+            )  # fmt: skip
         elif slopes is not None:
             given = unpack(ctx.saved_tensors, parse(ctx.layout))
             found = [_scaled(slopes, given.table, given.rows, gradient[0])]
@@ -62,23 +72,6 @@ def _scaled(slopes: Tensor, table: Tensor, rows: Tensor, gradient: Tensor) -> Te
     row = table.index_select(0, rows)
     factor = gradient * row.select(1, _SCALE) * row.select(1, _BY_O)
     return slopes.mul_(factor.view(-1, *[1] * (slopes.dim() - 1)))
-
-
-def _definition_grad(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
-    """The derivative by every input, of the definition; differentiable with create_graph=True."""
-    again = torch.is_grad_enabled()
-    saved = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
-    # Views, so that gradients stop here and do not run on along paths between the inputs.
-    leaves = [v.view_as(v) if again else v.detach().requires_grad_(wanted) for v, wanted in saved]
-    with torch.enable_grad():
-        results = _definition(leaves, ctx.layout, ctx.counter)
-    found = iter(
-        torch.autograd.grad(
-            [results], [leaf for leaf in leaves if leaf.requires_grad], [gradient],
-            allow_unused=True, create_graph=again,
-        )
-    )  # fmt: skip
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _definition(inputs: Sequence[Tensor], layout: str, counter: Counter) -> Tensor:
@@ -109,7 +102,7 @@ def _run(
     pieces = partial_count(first.numel() // batch // (2 if spec.learned else 1))
     outputs = [results, results.new_empty((spec.count, batch, pieces))]
     if stored is not None:
-        outputs.append(stored if stored.is_contiguous() else row_major(stored))
+        outputs.append(row_major(stored))
     operation("loss", first.device, dtype, backend)(given, outputs, layout, *counter)
     if stored is not None and outputs[2] is not stored:
         stored.copy_(outputs[2])
@@ -122,7 +115,7 @@ def _run_grad(
     first, count = inputs[0], int(layout[0])
     given = [tensor.contiguous() for tensor in (*inputs, gradient)]
     results = [torch.empty_like(output) for output in inputs[:count]]
-    targets = [r if r.is_contiguous() else row_major(r) for r in results]
+    targets = [row_major(result) for result in results]
     operation("loss_grad", first.device, gradient.dtype, backend)(given, targets, layout, *counter)
     for result, target in zip(results, targets, strict=True):
         if result is not target:

@@ -60,7 +60,7 @@ def randn(
         check_out("out", out, "shape", out, out.dtype, [])
         result = out
     keys, low, offset = resolve_seed(seed, sample_offset, sizes[0], result.device)
-    target = result if result.is_contiguous() else row_major(result)
+    target = row_major(result)
     operation("randn", result.device, compute_dtype(result.dtype), backend)(
         target, keys, low, offset, step, stream, 0, fast
     )

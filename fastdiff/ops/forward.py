@@ -257,7 +257,7 @@ def q_chain(
         check_out(
             "out", out, "(len(at), *x_start.shape)", x_start.expand(shape), x_start.dtype, inputs
         )
-    target = out if out.is_contiguous() else row_major(out)
+    target = row_major(out)
     drawn = noise_from(noise, generator, x_start, backend, (count, *x_start.shape))
     place, steps = (x_start.device, compute_dtype(x_start.dtype)), kept[-1] + 1
     operation("chain", *place, backend)(

@@ -52,7 +52,8 @@ def _table(name: str, schedule: NoiseSchedule, elements: int) -> np.ndarray:
     weight = {"error_scale": 1 / (32 * elements)}
     T = schedule.num_timesteps
     if name == "mse":
-        return pack_columns(T, target_columns(schedule, "epsilon", elements) | weight)
+        columns = target_columns("epsilon", schedule.alpha_t, schedule.sigma_t)
+        return pack_columns(T, columns | weight)
     if name == "hybrid":
         return bound_table(schedule, _HYBRID, elements, weight)
     variance = np.exp(schedule.posterior_log_variance_clipped)

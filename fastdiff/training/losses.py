@@ -118,7 +118,9 @@ def _table(
     weight: FloatArray | float = 1.0
     if weighting is not None:
         weight = weights(from_parts(weighting), schedule, "" if target == GIVEN else target)
-    columns = target_columns(schedule, _COLUMNS_OF.get(target, target), 1, from_x_t)
+    columns = target_columns(
+        _COLUMNS_OF.get(target, target), schedule.alpha_t, schedule.sigma_t, from_x_t
+    )
     for name, values in columns.items():
         values = np.broadcast_to(values, len(schedule))
         refuse_where(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdiff.ops.held import held
 from fastdiff.ops.loss import BOUND, COLUMNS, ERROR, X_START, LossSpec
-from fastdiff.schedules import NoiseSchedule, Schedule
+from fastdiff.schedules import NoiseSchedule
 from fastdiff.schedules._values import FloatArray
 from fastdiff.solvers import prediction
 from fastdiff.solvers.checks import check_choice
@@ -117,18 +117,16 @@ def target_mask(prediction_type: str, from_x_t: bool = False) -> int:
 
 
 def target_columns(
-    schedule: Schedule, prediction_type: str, elements: int, from_x_t: bool = False
+    prediction_type: str, alpha: FloatArray, sigma: FloatArray, from_x_t: bool = False
 ) -> dict[str, FloatArray | float]:
-    """e = target - o and the mean of its square: columns of the error of a model's output.
+    """Columns of e = target - o at x_t = alpha x_0 + sigma z: x is x_0, y is x_t.
 
-    (Ho et al. 2020, eq. 14; Salimans & Ho 2022 for v; Vincent 2011 for the score.) x is x_0, y is
-    x_t, z the noise of x_t.
+    (Ho et al. 2020, eq. 14; Salimans & Ho 2022 for v; Vincent 2011 for the score.)
 
     Args:
-        prediction_type: one of PREDICTION_TYPES, "previous" of a NoiseSchedule only, or "score".
-        from_x_t: z is not read but made of x_0 and x_t; not finite where sigma_t is 0.
+        prediction_type: one of fastdiff.solvers.prediction.PREDICTION_TYPES, or "score".
+        from_x_t: z is not read but made of x_0 and x_t; not finite where sigma is 0.
     """
-    alpha, sigma = schedule.alpha_t, schedule.sigma_t
     with np.errstate(divide="ignore", invalid="ignore"):
         targets: dict[str, dict[str, FloatArray | float]] = {
             "epsilon": {"e_z": 1.0},
@@ -137,14 +135,11 @@ def target_columns(
             "flow": {"e_x": -1.0, "e_z": 1.0},
             "score": {"e_z": -1.0 / sigma},
         }
-        if isinstance(schedule, NoiseSchedule):
-            c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-            targets["previous"] = {"e_x": c1, "e_y": c2}
         columns = targets[prediction_type]
         if from_x_t and "e_z" in columns:  # z = (x_t - alpha x_0) / sigma
             of_x_t = columns["e_z"] / sigma
             columns = {"e_x": columns.get("e_x", 0.0) - of_x_t * alpha, "e_y": of_x_t}
-    return {**columns, "e_o": -1.0, "error_scale": _mean(elements)}
+    return {**columns, "e_o": -1.0}
 
 
 def bound_table(
@@ -165,16 +160,20 @@ def bound_table(
     """
     T = schedule.num_timesteps
     t = np.arange(T)
+    c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
     columns: dict[str, FloatArray | float] = {}
     if kind.clamps:
         columns["lo"], columns["hi"] = kind.clip or (-math.inf, math.inf)
         columns["p_y"], columns["p_o"] = x_start_columns(schedule, kind.prediction_type)
     if kind.target_error:
-        columns |= target_columns(schedule, kind.prediction_type, elements)
+        if kind.prediction_type == "previous":
+            columns |= {"e_x": c1, "e_y": c2, "e_o": -1.0}
+        else:
+            columns |= target_columns(kind.prediction_type, schedule.alpha_t, schedule.sigma_t)
+        columns["error_scale"] = _mean(elements)
     if kind.x_start_error:
         columns["x_start_scale"] = _mean(elements)
     if kind.bound:
-        c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
         columns["d_x"] = c1
         if kind.prediction_type == "previous":
             columns |= {"d_y": c2, "d_o": -1.0}

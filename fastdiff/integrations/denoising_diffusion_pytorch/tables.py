@@ -15,7 +15,7 @@ from fastdiff.integrations.gaussian_diffusion.tables import Form, add_forms, pac
 from fastdiff.ops.held import lasting
 from fastdiff.ops.loss import ERROR, LossSpec
 from fastdiff.ops.step import StepSpec
-from fastdiff.training.tables import pack_columns, target_mask
+from fastdiff.training.tables import pack_columns, target_columns, target_mask
 
 __all__ = [
     "Make", "ancestral_step", "ddim_pairs", "ddim_step", "loss_pass", "mean_step", "pair_step",
@@ -167,11 +167,7 @@ def ddim_step(
 def loss_pass(values: Values, objective: str, elements: int) -> tuple[LossSpec, np.ndarray]:
     """The mean squared error of the model's output, before its weight."""
     a, s = values["sqrt_alphas_cumprod"], values["sqrt_one_minus_alphas_cumprod"]
-    targets: dict[str, tuple[str, dict[str, np.ndarray | float]]] = {
-        "pred_noise": ("epsilon", {"e_z": 1.0}),
-        "pred_x0": ("sample", {"e_x": 1.0}),
-        "pred_v": ("v_prediction", {"e_x": -s, "e_z": a}),
-    }
-    name, target = targets[objective]
-    columns = {**target, "e_o": -1.0, "error_scale": 1.0 / elements}
+    names = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+    name = names[objective]
+    columns = target_columns(name, a, s) | {"error_scale": 1.0 / elements}
     return LossSpec(ERROR, error=target_mask(name)), pack_columns(a.size, columns)
